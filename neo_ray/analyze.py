@@ -1,0 +1,233 @@
+"""What did a sweep find? `python -m neo_ray.analyze results/<name>`: from the records alone, also while the sweep runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from neo_ray.config import ConfigError, SweepConfig, load
+from neo_ray.records import Journal, TrialRecord, load_records, write_atomically, write_records
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from neo_ray.evidence import Evidence
+    from neo_ray.report import Analysis
+
+SCHEMA_VERSION = 1
+MAX_ROWS = 40
+"""Trials on the screen; report.md has all."""
+WIDTH_OF_A_LOG = 120
+"""Columns where the output is no terminal, which has no width of its own."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Analyse a results folder, print the findings, write the files. Exit code 2 where there is no record."""
+    parser = argparse.ArgumentParser(
+        prog="python -m neo_ray.analyze", description="Guidelines and report from a sweep's records."
+    )
+    parser.add_argument("path", type=Path, help="a results folder (results/<name>), or its trials.jsonl")
+    parser.add_argument("--out", type=Path, help="where to write; the results folder by default")
+    arguments = parser.parse_args(argv)
+    try:
+        analysis = analyse(arguments.path)
+    except ValueError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    from rich.console import Console
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH_OF_A_LOG)
+    show(analysis, console)
+    try:
+        paths = write(analysis, arguments.out or analysis.folder)
+    except OSError as error:
+        print(f"error: {error.filename or arguments.out}: cannot be written ({error.strerror})", file=sys.stderr)
+        return 2
+    for path in paths:
+        console.print(str(path), markup=False, soft_wrap=True)
+    return 0
+
+
+def analyse(path: str | Path) -> Analysis:
+    """Everything the records of a results folder (or one `trials.jsonl`) say.
+
+    Raises:
+        ValueError: there is no record.
+    """
+    from neo_ray.evidence import gather
+    from neo_ray.guidelines import guidelines_of
+    from neo_ray.report import Analysis
+    from neo_ray.statistics import rank_by_learning_rate
+
+    path = Path(path).expanduser()
+    folder = path if path.is_dir() else path.parent
+    records = _records(path)
+    sweep, notes = _sweep(folder)
+    evidence = gather(records, sweep)
+    return Analysis(
+        folder=folder,
+        evidence=evidence,
+        guidelines=tuple(guidelines_of(evidence)),
+        matrix=rank_by_learning_rate(evidence.frame, evidence.metric, evidence.mode),
+        notes=(*notes, *_notes(evidence)),
+    )
+
+
+def write(analysis: Analysis, folder: str | Path) -> list[Path]:
+    """Write `trials.jsonl`, `guidelines.json`, `report.md` and, where a sweep file and a winner are known, `best.yaml`.
+
+    `trials.jsonl` is left alone where it is what the records were read from.
+    """
+    from neo_ray.report import best_yaml, markdown
+
+    folder = Path(folder).expanduser()
+    records, sweep, best = list(analysis.evidence.records), analysis.evidence.sweep, analysis.best
+    texts = {"guidelines.json": guidelines_json(analysis), "report.md": markdown(analysis)}
+    if sweep is not None and best is not None:
+        try:
+            texts["best.yaml"] = best_yaml(sweep, best)
+        except ConfigError as error:
+            texts["report.md"] += f"\nbest.yaml was not written: the config of trial {best.id} is not valid: {error}\n"
+    elsewhere = folder.resolve() != analysis.folder.resolve()
+    if elsewhere or any(True for _ in Journal(folder).events()):
+        write_records(folder, records)
+    for name, text in texts.items():
+        write_atomically(folder / name, text)
+    return [path for name in ("trials.jsonl", *texts) if (path := folder / name).exists()]
+
+
+def guidelines_json(analysis: Analysis) -> str:
+    """`guidelines.json`, schema version 1.
+
+    schema_version; generated_from: folder, sweep, metric, mode, number of trials by state; noise: standard deviation of a run
+    with its interval, or null; best: trial, value, params, margin; guidelines: a list of `Guideline`, fields as documented
+    there. What is not known is null; a NaN is never written.
+    """
+    evidence, best = analysis.evidence, analysis.best
+    data = {
+        "schema_version": SCHEMA_VERSION,
+        "generated_from": {
+            "folder": str(analysis.folder),
+            "sweep": evidence.sweep.name if evidence.sweep else None,
+            "metric": evidence.metric,
+            "mode": evidence.mode,
+            "trials": _states(evidence.records),
+        },
+        "noise": asdict(evidence.noise) if evidence.noise else None,
+        "best": {**asdict(evidence.best), "params": best.params} if evidence.best and best else None,
+        "notes": analysis.notes,
+        "guidelines": [asdict(guideline) for guideline in analysis.guidelines],
+    }
+    return json.dumps(_json(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def show(analysis: Analysis, console: Console) -> None:
+    """The findings on a console: table, best setting, guidelines, notes."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    from neo_ray.report import LEGEND, best_lines, evidence_line, noise_line, render_table, trials_table
+
+    evidence = analysis.evidence
+    columns, rows = trials_table(evidence.records, evidence.metric, evidence.mode)
+    render_table(columns, rows[:MAX_ROWS], console)
+    more = f"{len(rows) - MAX_ROWS} more trials are in report.md. " if len(rows) > MAX_ROWS else ""
+    console.print(Text(f"{more}{LEGEND}.", style="dim"))
+    _section(console, "Best setting", best_lines(analysis))
+    console.print(Text("\nGuidelines" if analysis.guidelines else "", style="bold"))
+    styles = {"supported": "green", "refuted": "red", "undecided": "yellow"}
+    for guideline in analysis.guidelines:
+        console.print(Text.assemble((guideline.verdict, styles[guideline.verdict]), f"  {guideline.claim}"))
+        behind = [evidence_line(guideline) if guideline.effect is not None else "", guideline.note]
+        if any(behind):
+            console.print(Padding(Text("; ".join(filter(None, behind)), style="dim"), (0, 0, 0, 4), expand=False))
+    _section(console, "Notes", [*analysis.notes, noise_line(evidence)])
+    console.print()
+
+
+def _section(console: Console, title: str, lines: Sequence[str]) -> None:
+    from rich.text import Text
+
+    console.print(Text(f"\n{title}", style="bold"))
+    for line in lines:
+        console.print(Text(line))
+
+
+def _records(path: Path) -> list[TrialRecord]:
+    try:
+        return load_records(path)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: an event of the journal is not one of neo_ray's ({type(error).__name__}: {error})") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _sweep(folder: Path) -> tuple[SweepConfig | None, list[str]]:
+    """The resolved sweep file, and what is assumed without one."""
+    assumed = "ranked by select_ce, lower is better; the axes are the parameters that vary; no best.yaml"
+    path = folder / "sweep.yaml"
+    if not path.exists():
+        return None, [f"There is no sweep.yaml here. Assumed: {assumed}."]
+    try:
+        return load(path), []
+    except ConfigError as error:
+        return None, [f"sweep.yaml cannot be used ({error}). Assumed: {assumed}."]
+
+
+def _states(records: Sequence[TrialRecord]) -> dict[str, int]:
+    from neo_ray.report import ORDER
+
+    return {state: count for state in ORDER if (count := sum(r.state == state for r in records))}
+
+
+def _notes(evidence: Evidence) -> list[str]:
+    """How many trials are in which state, what diverged, and which axes nothing can be said of."""
+    from neo_ray.evidence import constant_axes, number
+
+    states = _states(evidence.records)
+    counts = ", ".join(f"{count} {state}" for state, count in states.items())
+    notes = [f"{len(evidence.records)} trials: {counts}. Effects come from the COMPLETE ones alone."]
+    if "RUNNING" in states:
+        notes.append("The sweep is not finished: all of this may change.")
+    diverged = evidence.frame[evidence.frame["diverged"].astype(bool)]
+    if len(diverged):
+        notes.append(_divergence(evidence, len(diverged)))
+    constant = constant_axes(evidence).items()
+    return [*notes, *(f"{name} is {number(value)} in every trial: nothing can be said of it." for name, value in constant)]
+
+
+def _divergence(evidence: Evidence, count: int) -> str:
+    from neo_ray.evidence import number
+
+    text = f"{count} trial{'s' if count > 1 else ''} diverged (NaN, or worse than the untrained student)"
+    frame = evidence.frame
+    if "learning_rate" not in evidence.axes:
+        return f"{text}."
+    diverged = frame["diverged"].astype(bool)
+    rates, fine = frame["learning_rate"][diverged].dropna(), frame["learning_rate"][~diverged].dropna()
+    if rates.empty:
+        return f"{text}."
+    highest = f"; the highest learning rate of those that did not: {number(fine.max())}" if len(fine) else ""
+    return f"{text}, at learning rates {number(rates.min())} to {number(rates.max())}{highest}."
+
+
+def _json(value: Any) -> Any:
+    """JSON types: NumPy scalars as numbers, what is not finite as null."""
+    if isinstance(value, dict):
+        return {str(k): _json(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json(v) for v in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and value - value != 0:
+        return None
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

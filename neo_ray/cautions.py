@@ -1,0 +1,112 @@
+"""Which settings will be ignored, or look like mistakes? One line each, for the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from neo_ray.config import SweepConfig
+from neo_ray.space import Space
+
+USED_BY = {
+    "lora": ("lora", "neo"),
+    "distill": ("kd", "neo"),
+}
+"""Section → the methods that read it."""
+WHY = {"lora": "no adapter", "distill": "no teacher in the loss"}
+
+
+def cautions(config: SweepConfig, space: Space) -> list[str]:
+    """Everything about a sweep that a person would want to hear before it starts."""
+    checks = (_unused_axes, _unused_sections, _impossible_axes, _sampler, _scheduler, _training, _data, _cluster)
+    return [line for check in checks for line in check(config, space)]
+
+
+def _unused_axes(config: SweepConfig, space: Space) -> Iterator[str]:
+    """Axes that a method does not read; without a condition they make trials that are the same but for a number."""
+    for axis in space.axes.values():
+        section = axis.path.split(".")[0]
+        users = USED_BY.get(section)
+        if users is None or axis.kind == "value":
+            continue
+        idle = [m for m in (axis.when.get("method") or space.reach("method")) if m not in users and m in space.reach("method")]
+        if idle and not set(space.reach("method")) & set(users):
+            yield f"search.{axis.key} is ignored: method {' and '.join(idle)} has {WHY[section]}"
+        elif idle and axis.sampled:
+            condition = f"when: {{method: [{', '.join(users)}]}}"
+            yield f"search.{axis.key} is ignored where method is {' or '.join(idle)}; add `{condition}`"
+
+
+def _unused_sections(config: SweepConfig, space: Space) -> Iterator[str]:
+    methods = set(space.reach("method"))
+    for section, users in USED_BY.items():
+        if section in config.model_fields_set and not methods & set(users):
+            yield f"section `{section}` is ignored: method {' and '.join(sorted(methods))} has {WHY[section]}"
+    if methods & set(USED_BY["distill"]) and space.reach("kd_ratio") == [0.0]:
+        yield "distill.kd_ratio is 0: the teacher has no weight in the loss"
+
+
+def _impossible_axes(config: SweepConfig, space: Space) -> Iterator[str]:
+    for axis in space.axes.values():
+        if not space.possible(axis):
+            yield f"search.{axis.key} is ignored: its `when` never holds in this sweep"
+
+
+def _sampler(config: SweepConfig, space: Space) -> Iterator[str]:
+    sampler, size = config.sampler, space.size()
+    if sampler.name == "grid":
+        total = (size or 0) * max(1, len(sampler.seeds))
+        if sampler.num_trials and sampler.num_trials < total:
+            yield f"sampler.num_trials: {sampler.num_trials} of the grid's {total} trials run"
+        return
+    if sampler.seeds:
+        yield f"sampler.seeds is ignored: sampler.name is {sampler.name}, and only a grid repeats its settings"
+    if sampler.num_trials and size is not None and size < sampler.num_trials:
+        yield f"sampler.num_trials: {sampler.num_trials}, and the space holds {size} settings; some will be repeated"
+    if sampler.name == "tpe" and sampler.num_trials and sampler.num_trials <= sampler.startup_trials:
+        yield f"sampler: all {sampler.num_trials} trials are random ({sampler.startup_trials} startup_trials)"
+    if sampler.name != "tpe" and "startup_trials" in sampler.model_fields_set:
+        yield f"sampler.startup_trials is ignored: sampler.name is {sampler.name}"
+
+
+def _scheduler(config: SweepConfig, space: Space) -> Iterator[str]:
+    scheduler, points = config.scheduler, config.evaluation.points
+    if scheduler.name == "none":
+        given = sorted({"grace", "reduction_factor"} & scheduler.model_fields_set)
+        if given:
+            yield f"scheduler.{' and '.join(given)} is ignored: scheduler.name is none"
+    elif not any(k / points >= scheduler.grace for k in range(1, points)):
+        yield f"scheduler: asha can stop no trial: none of {points} evaluations is between grace {scheduler.grace:g} and the end"
+    if config.objective.mode == "max":
+        yield f"objective.mode: max looks for the worst trial; a lower {config.objective.metric} is better"
+
+
+def _training(config: SweepConfig, space: Space) -> Iterator[str]:
+    smallest, micro = min(space.reach("batch_size")), max(space.reach("micro_batch_size"))
+    if micro > smallest:
+        yield f"training.micro_batch_size: {micro} is cut to the batch_size where that is smaller ({smallest})"
+    workers = config.resources.workers_per_trial
+    if smallest < workers:
+        yield f"training.batch_size: {smallest} sequences leave some of the {workers} workers of a trial without work"
+
+
+def _data(config: SweepConfig, space: Space) -> Iterator[str]:
+    data = config.data
+    if _exists(data.source) or data.source.startswith("quickstart:"):
+        for key in sorted({"subset", "split"} & data.model_fields_set):
+            yield f"data.{key} is ignored: {data.source} is not a hub data set"
+    models = {"teacher.model": config.teacher.model if config.teacher else "", "student.model": config.student.model or ""}
+    for where, name in {**models, "data.source": data.source}.items():
+        if name.startswith(("/", "./", "../", "~")) and not _exists(name):
+            yield f"{where}: {name} does not exist on this machine"
+
+
+def _cluster(config: SweepConfig, space: Space) -> Iterator[str]:
+    if config.resources.address is not None:
+        for key, path in (("path", config.storage.path), ("cache", config.storage.cache)):
+            if "://" not in path and not Path(path).is_absolute():
+                yield f"storage.{key}: {path} is relative to each machine; on a cluster name a folder that all nodes see"
+
+
+def _exists(name: str) -> bool:
+    return Path(name).expanduser().exists()

@@ -1,0 +1,110 @@
+"""Which device computes, in which precision, and how much memory did it take? The only file that tells a CPU from a GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+def local_device() -> torch.device:
+    """The device of this worker. A GPU worker sees its own GPUs only (Ray sets the visible ones), so it is the current one."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bf16 where the device multiplies it natively, otherwise fp32 (an emulated bf16 is slower than fp32)."""
+    if name != "auto":
+        return {"bf16": BF16, "fp32": FP32}[name]
+    if device.type == "cuda":
+        return BF16 if torch.cuda.is_bf16_supported(including_emulation=False) else FP32
+    return BF16 if torch.cpu._is_avx512_bf16_supported() else FP32
+
+
+def describe(device: torch.device) -> str:
+    """The device's name for a record: what the timings were taken on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if Path("/proc/cpuinfo").exists():
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        if found:
+            return f"CPU {found[1].strip()}"
+    return "CPU"
+
+
+@contextmanager
+def autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Matrix products in `dtype`, trained weights and sums in fp32. Nothing at all when `dtype` is fp32."""
+    if dtype == FP32:
+        yield
+        return
+    with torch.autocast(device.type, dtype=dtype):
+        yield
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed what is random in one optimizer step (dropout).
+
+    A counter instead of a state: a resumed trial, an evaluation in between or another number of workers needs nothing saved.
+    """
+    torch.manual_seed((seed * 1_000_003 + step * 8_191 + rank) % 2**63)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin a new peak, so that a trial's memory is its own and not that of an earlier trial on the same worker."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: resets VmHWM to the present resident size
+    except OSError:
+        pass
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak since the last reset: allocated device memory on a GPU, resident memory of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        if found:
+            return int(found[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_memory(device: torch.device) -> None:
+    """Give cached blocks back after a trial."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """A device or host allocation failed."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "not enough memory" in str(error)  # torch's CPU allocator
+
+
+def prepare_deepspeed() -> None:
+    """Import DeepSpeed for this device. On a CPU its shared-memory extension would compile for a minute: gloo serves too."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists; Ray Train sets the real one
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.logger.setLevel("WARNING")
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__ = {}

@@ -1,0 +1,101 @@
+"""How good is the student? Cross-entropy, bits per byte and KL to the teacher on a held-out split."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from neo_ray import models
+from neo_ray.config import DistillConfig, EvaluationConfig
+from neo_ray.data import Split, collate
+from neo_ray.losses import divergence_sum, next_labels, scored
+from neo_ray.parts import Parts, rank_and_world_size, sum_over_ranks
+
+Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""input_ids_BL, attention_mask_BL → logits_BLV"""
+
+CHUNK = 256  # positions whose [chunk, V] fp32 logits are held at once: 130 MB at V = 128k
+FORWARD_KL = DistillConfig(kd_ratio=1.0, temperature=1.0, divergence="forward_kl")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Means over the scored tokens of a split."""
+
+    ce: float
+    """Nats per token."""
+    bits_per_byte: float
+    """Comparable across tokenizers."""
+    kl: float | None
+    """KL(teacher ‖ student) at T = 1, nats per token; None without a teacher."""
+    tokens: int
+
+    def named(self, split: str) -> dict[str, float | None]:
+        return {f"{split}_ce": self.ce, f"{split}_bits_per_byte": self.bits_per_byte, f"{split}_kl": self.kl}
+
+
+@torch.no_grad()
+def evaluate(forward: Forward, parts: Parts, split_name: str, settings: EvaluationConfig) -> Scores:
+    """Score the student on a split; batches are dealt out to the ranks and sums added up.
+
+    The teacher sees a split once: its last hidden states at the scored positions are kept, the head is applied in chunks.
+    """
+    rank, world_size = rank_and_world_size()
+    split = parts.data.split(split_name)
+    batches = evaluation_batches(split, settings)
+    sums = torch.zeros(4, dtype=torch.float64)
+    for turn in range(math.ceil(len(batches) / world_size)):
+        number = turn * world_size + rank
+        counts = number < len(batches)  # every rank runs equally many forwards: ZeRO-3 gathers in each of them
+        number = number if counts else 0
+        batch = collate(split.examples(batches[number]), parts.sources.pad_id, device=str(parts.device))
+        student_NV = scored(forward(batch.input_ids_BL, batch.attention_mask_BL), batch.labels_BL, parts.vocabulary)
+        if counts:
+            hidden_NH = _teacher_hidden(parts, (split_name, number), batch)
+            sums += _batch_sums(
+                student_NV, next_labels(batch.labels_BL), hidden_NH, parts, split.num_bytes[batches[number]].sum()
+            )
+    ce, kl, tokens, num_bytes = sum_over_ranks(sums.to(parts.device)).tolist()
+    bits = ce / math.log(2) / num_bytes if num_bytes else math.nan
+    return Scores(ce / tokens, bits, kl / tokens if parts.teacher is not None else None, int(tokens))
+
+
+def evaluation_batches(split: Split, settings: EvaluationConfig) -> list[np.ndarray]:
+    """Whole examples in stored order up to `max_tokens` (at least one), then by length so that little is padded."""
+    lengths = split.num_tokens
+    taken = len(lengths)
+    if settings.max_tokens is not None:
+        taken = max(1, int(np.searchsorted(np.cumsum(lengths), settings.max_tokens, side="right")))
+    order = np.argsort(-lengths[:taken], kind="stable")
+    return [order[start : start + settings.batch_size] for start in range(0, taken, settings.batch_size)]
+
+
+def _batch_sums(
+    student_NV: torch.Tensor, labels_N: torch.Tensor, hidden_NH: torch.Tensor | None, parts: Parts, num_bytes: int
+) -> torch.Tensor:
+    ce = kl = 0.0
+    head = models.output_head(parts.teacher) if hidden_NH is not None and parts.teacher is not None else None
+    for start in range(0, len(labels_N), CHUNK):
+        rows = slice(start, start + CHUNK)
+        logits_CV = student_NV[rows].float()
+        ce += torch.nn.functional.cross_entropy(logits_CV, labels_N[rows], reduction="sum").item()
+        if head is not None and hidden_NH is not None:
+            teacher_CV = head.logits(hidden_NH[rows].to(parts.device), parts.vocabulary)
+            kl += divergence_sum(logits_CV, teacher_CV, FORWARD_KL).item()
+    return torch.tensor([ce, kl, len(labels_N), num_bytes], dtype=torch.float64)
+
+
+def _teacher_hidden(parts: Parts, key: tuple[str, int], batch: object) -> torch.Tensor | None:
+    """The teacher's last hidden states at a batch's scored positions [N, H], computed once a worker and kept in host memory."""
+    if parts.teacher is None:
+        return None
+    hidden = parts.measured.get(("hidden", *key))
+    if hidden is None:
+        states_BLH = models.last_hidden(parts.teacher, batch.input_ids_BL, batch.attention_mask_BL)  # type: ignore[attr-defined]
+        hidden = scored(states_BLH, batch.labels_BL, states_BLH.shape[-1]).cpu()  # type: ignore[attr-defined]
+        parts.measured[("hidden", *key)] = hidden
+    return hidden

@@ -1,0 +1,175 @@
+"""What is there to judge by? The trials of a sweep with their axes, tested ranges, noise, best setting and scope."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from neo_ray.config import ConfigError, SweepConfig
+from neo_ray.records import TrialRecord
+from neo_ray.space import Space, build_space
+from neo_ray.statistics import (
+    MAX_LEVELS,
+    Best,
+    Noise,
+    aliases,
+    axes_of,
+    best_setting,
+    column,
+    complete,
+    is_numeric,
+    noise,
+    table,
+)
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What a claim holds for, and no further."""
+
+    teacher: str | None
+    student: str | None
+    data: str | None
+    tokens: tuple[int, int] | None
+    """Fewest and most training tokens of a COMPLETE trial."""
+    alpha_rule: str | None
+    """How alpha moves with rank in the trials; the effect of rank holds under this rule."""
+    tested: dict[str, str]
+    sampler: str | None
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The trials of a sweep, and what every question to them needs."""
+
+    records: tuple[TrialRecord, ...]
+    sweep: SweepConfig | None
+    frame: pd.DataFrame
+    metric: str
+    mode: str
+    axes: tuple[str, ...]
+    """Searched axes that the trials vary, without those that move with another."""
+    aliases: dict[str, str]
+    """Axis → the one that it moves with."""
+    varied: tuple[str, ...]
+    """All parameters that vary: the same in all of these means the same setting."""
+    tested: dict[str, tuple[float, ...]]
+    """Values of each numeric axis, ascending: its levels, or the two ends of a continuous range."""
+    noise: Noise | None
+    best: Best | None
+    scope: Scope
+
+
+def gather(records: Sequence[TrialRecord], sweep: SweepConfig | None) -> Evidence:
+    """Without a sweep file the metric is `select_ce`, minimised, and the axes are the parameters that vary."""
+    frame, space = table(records), _space(sweep)
+    metric, mode = (sweep.objective.metric, sweep.objective.mode) if sweep else ("select_ce", "min")
+    varied = axes_of(frame, records)
+    derived = {name: axis.of for name, axis in space.axes.items() if axis.of and name in varied} if space else {}
+    moving = {**aliases(frame, [a for a in varied if a not in derived]), **derived}
+    axes = tuple(a for a in varied if a not in moving)
+    tested = {axis: _tested(frame, axis, space) for axis in axes if is_numeric(frame, axis)}
+    spread = noise(frame, varied, metric)
+    ends = {axis: (values[0], values[-1]) for axis, values in tested.items()}
+    best = best_setting(frame, metric, mode, varied, ends, spread)
+    scope = _scope(records, sweep, frame, metric, axes, space)
+    return Evidence(tuple(records), sweep, frame, metric, mode, axes, moving, varied, tested, spread, best, scope)
+
+
+def constant_axes(evidence: Evidence) -> dict[str, Any]:
+    """Searched axes with one value in all trials, and that value: nothing can be said of them."""
+    space, frame = _space(evidence.sweep), evidence.frame
+    names = space.searched if space else dict.fromkeys(name for r in evidence.records for name in r.params)
+    seen = {name: frame[column(name)].dropna().unique() for name in names if name != "seed" and column(name) in frame}
+    return {name: values[0] for name, values in seen.items() if len(values) == 1}
+
+
+def number(value: Any, digits: int = 4) -> str:
+    """A value as a person writes it: 0.0002 as 2e-4, 64.0 as 64; a missing one as a dash."""
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        return "–" if value is None else str(value)
+    value = float(value)
+    if not math.isfinite(value):
+        return "–"
+    if value and not 1e-2 <= abs(value) < 1e6:
+        mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
+        return f"{mantissa.rstrip('0').rstrip('.') if '.' in mantissa else mantissa}e{int(exponent)}"
+    return f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:.0f}"
+
+
+def _space(sweep: SweepConfig | None) -> Space | None:
+    try:
+        return build_space(sweep) if sweep else None
+    except ConfigError:
+        return None  # the records speak for themselves
+
+
+def _tested(frame: pd.DataFrame, axis: str, space: Space | None) -> tuple[float, ...]:
+    seen = {float(v) for v in frame[column(axis)].dropna()}
+    known = space.axes.get(axis) if space else None
+    if known is not None and known.sampled and (known.continuous or known.num_options > MAX_LEVELS):
+        return (float(min(known.low, *seen)), float(max(known.high, *seen)))
+    if known is not None and known.sampled:
+        seen |= {float(v) for v in known.options()}
+    ordered = tuple(sorted(seen))
+    return ordered if len(ordered) <= MAX_LEVELS else (ordered[0], ordered[-1])
+
+
+def _scope(
+    records: Sequence[TrialRecord],
+    sweep: SweepConfig | None,
+    frame: pd.DataFrame,
+    metric: str,
+    axes: tuple[str, ...],
+    space: Space | None,
+) -> Scope:
+    tokens = complete(frame, metric)["tokens"]
+    student = sweep.student.model if sweep else None
+    if sweep and sweep.student.prune:
+        layers = sweep.student.prune.layers
+        student = f"the teacher pruned to {len(layers) if layers else sweep.student.prune.keep} layers"
+    return Scope(
+        teacher=sweep.teacher.model if sweep and sweep.teacher else None,
+        student=student,
+        data=sweep.data.source if sweep else None,
+        tokens=(int(tokens.min()), int(tokens.max())) if len(tokens) else None,
+        alpha_rule=_alpha_rule(records),
+        tested={axis: _range_text(frame, axis, space) for axis in axes},
+        sampler=sweep.sampler.name if sweep else None,
+    )
+
+
+def _range_text(frame: pd.DataFrame, axis: str, space: Space | None) -> str:
+    if space and axis in space.axes:
+        return space.axes[axis].text
+    values = sorted(frame[column(axis)].dropna().unique(), key=None if is_numeric(frame, axis) else str)
+    if len(values) > MAX_LEVELS and is_numeric(frame, axis):
+        return f"{number(values[0])} … {number(values[-1])}"
+    return "one of " + ", ".join(map(number, values))
+
+
+def _alpha_rule(records: Sequence[TrialRecord]) -> str | None:
+    """How the scaling of the low-rank branch moves with rank: the sign of a rank effect may depend on it."""
+    rows = []
+    for record in records:
+        lora = record.config.get("lora")
+        lora = {**lora, **record.params} if isinstance(lora, dict) else record.params
+        if (
+            record.scaling is not None
+            and isinstance(lora.get("rank"), int | float)
+            and isinstance(lora.get("alpha"), int | float)
+        ):
+            rows.append((lora["rank"], lora["alpha"], record.scaling))
+    if not rows:
+        return None
+    ranks, alphas, scalings = (sorted(set(values)) for values in zip(*rows, strict=True))
+    if len(scalings) == 1:
+        return f"scaling {number(scalings[0])} at every rank"
+    span = f"scaling {number(scalings[0])} to {number(scalings[-1])}"
+    if len(alphas) == 1:
+        return f"alpha {number(alphas[0])} at every rank, {span}"
+    return f"alpha and rank vary separately, {span}" if len(ranks) > 1 else f"rank {number(ranks[0])}, {span}"

@@ -1,0 +1,113 @@
+"""Who drives this sweep? A lease with a heartbeat keeps two drivers off one results folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from neo_ray.config import ConfigError
+
+HEARTBEAT_SECONDS = 10.0
+SILENCE_SECONDS = 60.0
+
+
+@contextmanager
+def lease(folder: Path, silence_seconds: float = SILENCE_SECONDS) -> Iterator[None]:
+    """Hold `<folder>/lease.json`. A dead process on this host or silence is taken over; a living driver is refused.
+
+    Raises:
+        ConfigError: another driver is at work.
+    """
+    path, nonce = folder / "lease.json", uuid.uuid4().hex
+    folder.mkdir(parents=True, exist_ok=True)
+    while not _create(path, nonce):
+        held = _read(path)
+        if held is not None and not _abandoned(held, silence_seconds):
+            raise ConfigError(
+                f"storage.path: another driver runs this sweep (process {held.get('pid')} on {held.get('host')}, "
+                f"last sign of life {time.time() - held.get('beat', 0):.0f} s ago); wait for it, or end it"
+            )
+        _set_aside(path, held)
+    ended = threading.Event()
+    thread = threading.Thread(target=_beat, args=(path, nonce, ended), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        held = _read(path)
+        if held is not None and held.get("nonce") == nonce:
+            path.unlink(missing_ok=True)
+
+
+def _create(path: Path, nonce: str) -> bool:
+    """Whole or not at all, and only where there is none: a hard link never replaces."""
+    part = path.with_name(f".lease-{nonce}")
+    part.write_text(json.dumps(_content(nonce)))
+    try:
+        os.link(part, path)
+        return True
+    except FileExistsError:
+        return False
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _content(nonce: str) -> dict[str, Any]:
+    process = psutil.Process()
+    return {"nonce": nonce, "host": socket.gethostname(), "pid": process.pid, "born": process.create_time(), "beat": time.time()}
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _abandoned(held: dict[str, Any], silence_seconds: float) -> bool:
+    if time.time() - held.get("beat", 0) > silence_seconds:
+        return True
+    if held.get("host") != socket.gethostname():
+        return False
+    try:
+        return abs(psutil.Process(held["pid"]).create_time() - held["born"]) > 1  # the number was given to another process
+    except (psutil.NoSuchProcess, KeyError):
+        return True
+
+
+def _set_aside(path: Path, held: dict[str, Any] | None) -> None:
+    """Take an abandoned lease away; of several that try, one succeeds. A new one taken by mistake is put back."""
+    aside = path.with_name(f".lease-abandoned-{uuid.uuid4().hex}")
+    try:
+        os.rename(path, aside)
+    except FileNotFoundError:
+        return
+    taken = _read(aside)
+    if taken is not None and held is not None and taken.get("nonce") != held.get("nonce"):
+        try:
+            os.link(aside, path)
+        except FileExistsError:
+            pass
+    aside.unlink(missing_ok=True)
+
+
+def _beat(path: Path, nonce: str, ended: threading.Event) -> None:
+    while not ended.wait(HEARTBEAT_SECONDS):
+        held = _read(path)
+        if held is None or held.get("nonce") != nonce:
+            return
+        part = path.with_name(f".lease-{nonce}")
+        part.write_text(json.dumps(_content(nonce)))
+        os.replace(part, path)

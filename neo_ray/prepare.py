@@ -1,0 +1,71 @@
+"""What must be on disk before the first worker starts? Downloads, tokens, and the proof of a shared vocabulary."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from neo_ray import quickstart
+from neo_ray.config import SweepConfig
+from neo_ray.parts import Sources
+
+Announce = Callable[[str], None]
+
+
+def prepare(config: SweepConfig, announce: Announce) -> Sources:
+    """Check and make everything that needs no accelerator; the student of a pruned teacher follows in `make_student`.
+
+    Raises:
+        ConfigError: a missing file, a bad line, another vocabulary, nothing to train on. Nothing is written then.
+    """
+    from neo_ray import data, models
+
+    def local(name: str) -> str:
+        return quickstart.fetch(name, config.cache, announce) if quickstart.is_quickstart(name) else name
+
+    teacher, student = config.teacher, config.student
+    teacher_source = local(teacher.model) if teacher is not None else None
+    student_source = local(student.model) if student.model is not None else teacher_source
+    owner, where = (student, "student.model") if student.model is not None else (teacher, "teacher.model")
+    assert student_source is not None and owner is not None
+    tokenizer = models.load_tokenizer(student_source, owner.revision, owner.trust_remote_code, where)
+    rows = models.vocab_rows(student_source, owner.revision, owner.trust_remote_code, where)
+    vocabulary = min(rows, len(tokenizer))
+    if teacher is not None and teacher_source is not None and student.model is not None:
+        theirs = models.load_tokenizer(teacher_source, teacher.revision, teacher.trust_remote_code, "teacher.model")
+        their_rows = models.vocab_rows(teacher_source, teacher.revision, teacher.trust_remote_code, "teacher.model")
+        vocabulary = models.prove_shared_vocabulary(theirs, tokenizer, their_rows, rows)
+    source = local(config.data.source)
+    folder = data.prepare(config.data, source, tokenizer, config.cache, announce)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return Sources(
+        student=student_source,
+        data=str(folder.resolve()),
+        teacher=teacher_source,
+        vocabulary=vocabulary,
+        pad_id=pad or 0,
+        student_revision=owner.revision,
+        teacher_revision=teacher.revision if teacher is not None else None,
+        student_trust_remote_code=owner.trust_remote_code,
+        teacher_trust_remote_code=teacher.trust_remote_code if teacher is not None else False,
+    )
+
+
+def make_student(config: SweepConfig, sources: Sources, announce: Announce = lambda _: None) -> Sources:
+    """The sources with the pruned student in place (made once, kept in the cache)."""
+    from neo_ray import pruning
+    from neo_ray.data import collate, open_data
+
+    if config.student.prune is None or sources.teacher is None:
+        return sources
+    tokens = config.student.prune.calibration_tokens
+
+    def calibration() -> tuple[Any, Any, Any]:
+        split = open_data(sources.data).split("train")
+        count = max(1, int((split.num_tokens.cumsum() <= tokens).sum()))
+        batch = collate(split.examples(range(count)), sources.pad_id)
+        return batch.input_ids_BL, batch.attention_mask_BL, batch.labels_BL
+
+    folder = pruning.student_folder(config, sources.teacher, calibration, config.cache, announce)
+    return dataclasses.replace(sources, student=folder, student_revision=None)

@@ -1,0 +1,221 @@
+"""What happened in a trial? `TrialRecord`, its states, and the append-only journal that is the only truth.
+
+A results folder holds `journal.jsonl`, one line an event, written by the sweep's driver alone. `trials.jsonl` (one line a
+trial) is folded from it and can be deleted at any time. Object stores have no append: there every event is one object
+under `journal/`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import fsspec
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+State = Literal["RUNNING", "COMPLETE", "PRUNED", "FAILED"]
+Cause = Literal["error", "out_of_memory", "diverged", "preempted", "hung"]
+
+
+class TrialRecord(BaseModel):
+    """One trial, finished or not. Failed and pruned trials are records like any other."""
+
+    model_config = ConfigDict(extra="ignore", use_attribute_docstrings=True)
+
+    id: str
+    state: State = "RUNNING"
+    cause: Cause | None = None
+    """Why it FAILED."""
+    error: str | None = None
+    """The exception and where it was raised."""
+    phase: str = "explore"
+    params: dict[str, Any] = {}
+    """Axis → value, as the sampler chose it."""
+    config: dict[str, Any] = {}
+    """The resolved trial config: what ran."""
+    scaling: float | None = None
+    """Effective factor of the low-rank branch: alpha / rank (rsLoRA: alpha / √rank)."""
+    seed: int = 0
+    metrics: dict[str, float | None] = {}
+    """Last value of each metric; None where it is not defined (NaN, no teacher)."""
+    curve: list[dict[str, Any]] = []
+    """One row an evaluation, ascending in `rung`: rung, step, tokens, seconds, learning_rate, metrics."""
+    tokens: int = 0
+    """Training tokens, without padding."""
+    steps: int = 0
+    seconds: float = 0.0
+    """Training and evaluation, without waiting for a slot; over all attempts."""
+    accelerator_seconds: float = 0.0
+    """Seconds × devices of the trial."""
+    peak_memory_bytes: int = 0
+    """Largest worker: allocated device memory on a GPU, resident memory on a CPU."""
+    started: float | None = None
+    """Unix time."""
+    ended: float | None = None
+    attempts: int = 1
+    details: dict[str, Any] = {}
+    """Device, dtype, number of workers, slot, trainable parameters, set-up seconds, log file."""
+
+    @property
+    def finished(self) -> bool:
+        return self.state != "RUNNING"
+
+
+class Journal:
+    """Append-only events of a sweep at a path or fsspec URL. One writer (the lease sees to that), any number of readers."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.fs, self.root = fsspec.core.url_to_fs(str(folder))
+        self._append = "file" in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,))
+        self._count = 0
+
+    def write(self, event: str, trial: str, **fields: Any) -> None:
+        """Append one event; on disk (fsync) when it returns."""
+        line = json.dumps({"event": event, "trial": trial, "time": time.time(), **_finite(fields)}) + "\n"
+        if self._append:
+            _append_line(Path(self.root) / "journal.jsonl", line)
+        else:
+            self._count += 1
+            name = f"{time.time_ns():020d}-{self._count:06d}-{uuid.uuid4().hex[:6]}.json"
+            self.fs.pipe_file(f"{self.root}/journal/{name}", line.encode())
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """All events in the order of writing. A line torn by a crash is passed over; the next append starts a new one."""
+        if self._append:
+            path = Path(self.root) / "journal.jsonl"
+            lines: Iterable[bytes] = path.read_bytes().splitlines() if path.exists() else ()
+        else:
+            names = sorted(self.fs.ls(f"{self.root}/journal", detail=False)) if self.fs.exists(f"{self.root}/journal") else []
+            lines = (self.fs.cat_file(name) for name in names)
+        for line in lines:
+            event = _parse(line)
+            if event is not None and "event" in event and "trial" in event:
+                yield event
+
+
+def fold(events: Iterable[dict[str, Any]]) -> list[TrialRecord]:
+    """The records that a journal's events add up to, in the order the trials began.
+
+    A resumed trial reports its earlier rungs again: the first report of a rung counts.
+    """
+    records: dict[str, TrialRecord] = {}
+    for event in events:
+        kind, trial = event["event"], event["trial"]
+        if kind == "start":
+            fields = {k: event[k] for k in ("params", "config", "phase", "seed", "scaling") if k in event}
+            records[trial] = TrialRecord(id=trial, started=event["time"], **fields)
+            continue
+        record = records.get(trial)
+        if record is None:
+            continue
+        if kind == "report":
+            _add_row(record, event["row"])
+        elif kind == "attempt":
+            record.attempts += 1
+        elif kind == "end":
+            record.state, record.cause, record.error = event["state"], event.get("cause"), event.get("error")
+            record.ended = event["time"]
+            record.metrics.update(event.get("metrics") or {})
+            record.details.update(event.get("details") or {})
+            for name in ("tokens", "steps", "seconds", "accelerator_seconds", "peak_memory_bytes"):
+                if event.get(name) is not None:
+                    setattr(record, name, max(getattr(record, name), event[name]))
+    return list(records.values())
+
+
+def load_records(path: str | Path) -> list[TrialRecord]:
+    """The records of a results folder (journal first, else `trials.jsonl`) or of one `trials.jsonl` file.
+
+    Raises:
+        ValueError: nothing at that path is a record.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        records = fold(Journal(path).events())
+        if records:
+            return records
+        path = path / "trials.jsonl"
+    if not path.exists():
+        raise ValueError(f"{path}: no such file; a results folder holds journal.jsonl or trials.jsonl")
+    records = []
+    for line in path.read_bytes().splitlines():
+        raw = _parse(line)
+        if raw is not None:
+            try:
+                records.append(TrialRecord.model_validate(raw))
+            except ValidationError:
+                continue
+    if not records:
+        raise ValueError(f"{path}: holds no trial records")
+    return records
+
+
+def write_records(folder: str | Path, records: list[TrialRecord]) -> None:
+    """Replace `trials.jsonl`, one line a trial, atomically."""
+    write_atomically(Path(folder) / "trials.jsonl", "".join(r.model_dump_json() + "\n" for r in records))
+
+
+def write_atomically(path: str | Path, text: str) -> None:
+    """The file is the old one or the new one, never a part. Creates the folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:6]}")
+    with open(part, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def _append_line(path: Path, line: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            line = "\n" + line  # a crash tore the last line: leave it, begin a new one
+        os.write(descriptor, line.encode())
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _add_row(record: TrialRecord, row: dict[str, Any]) -> None:
+    if any(old["rung"] == row["rung"] for old in record.curve):
+        return
+    record.curve = sorted([*record.curve, row], key=lambda r: r["rung"])
+    if record.curve[-1] is row:
+        record.metrics = {k: v for k, v in row.items() if k.startswith(("select_", "report_", "train_"))}
+    for name, key in (
+        ("tokens", "tokens"),
+        ("steps", "step"),
+        ("seconds", "seconds"),
+        ("peak_memory_bytes", "peak_memory_bytes"),
+    ):
+        setattr(record, name, max(getattr(record, name), row.get(key) or 0))
+    record.accelerator_seconds = max(record.accelerator_seconds, row.get("accelerator_seconds") or 0.0)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: a number that is not finite becomes null (never zero)."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except (ValueError, UnicodeDecodeError):
+        return None
+    return value if isinstance(value, dict) else None

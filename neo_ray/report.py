@@ -1,0 +1,321 @@
+"""How does a person see it? The table of trials, the Markdown report and the winner's sweep file, as text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from neo_ray.config import SweepConfig, dump, plain, validate
+from neo_ray.evidence import Evidence, number
+from neo_ray.guidelines import Guideline, unit_of
+from neo_ray.records import TrialRecord
+from neo_ray.space import build_space
+from neo_ray.statistics import Cell, Matrix
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+ORDER = ("COMPLETE", "RUNNING", "PRUNED", "FAILED")
+MEASURED = {
+    "CE": "select_ce",
+    "bits/byte": "select_bits_per_byte",
+    "KL": "select_kl",
+    "report CE": "report_ce",
+}
+LEGEND = (
+    "CE, bits/byte: held-out, on the select split; KL: to the teacher, nats per token; report CE: on the split that no "
+    "ranking touches, COMPLETE trials alone; peak GB: memory of the largest worker"
+)
+DISPENSABLE = ("peak GB", "report CE", "seconds", "bits/byte", "tokens")
+"""Left out first where the terminal is too narrow for all columns."""
+MAX_CURVES = 30
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """All that is computed from the records of one sweep."""
+
+    folder: Path
+    evidence: Evidence
+    guidelines: tuple[Guideline, ...]
+    matrix: Matrix | None
+    notes: tuple[str, ...]
+    """What was assumed, what happened to the trials that tell no effect, and what cannot be said."""
+
+    @property
+    def best(self) -> TrialRecord | None:
+        found = self.evidence.best
+        return next(r for r in self.evidence.records if r.id == found.id) if found else None
+
+
+def trials_table(
+    records: Sequence[TrialRecord], metric: str = "select_ce", mode: str = "min"
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Column names and one row of text a trial: COMPLETE ones best first, then running, pruned and failed ones.
+
+    A parameter that is the same in all of several trials has no column.
+    """
+    names = dict.fromkeys(name for record in records for name in record.params)
+    shown = [n for n in names if len(records) == 1 or len({repr(r.params.get(n)) for r in records}) > 1]
+    seeds = "seed" not in names and len({r.seed for r in records}) > 1
+    columns = ("trial", "state", *shown, *(("seed",) if seeds else ()), *MEASURED, "tokens", "seconds", "peak GB")
+    return columns, [_trial_row(r, shown, seeds) for r in ranked(records, metric, mode)]
+
+
+def ranked(records: Sequence[TrialRecord], metric: str, mode: str) -> list[TrialRecord]:
+    """By state, then by metric; a missing value comes last."""
+
+    def key(record: TrialRecord) -> tuple[int, bool, float]:
+        value = record.metrics.get(metric)
+        missing = value is None or value != value
+        return ORDER.index(record.state), missing, 0.0 if missing else (value or 0.0) * (-1 if mode == "max" else 1)
+
+    return sorted(records, key=key)
+
+
+def render_table(columns: Sequence[str], rows: Sequence[Sequence[str]], console: Console) -> None:
+    """The table in the console's width; says which columns had no room."""
+    from rich.table import Table
+    from rich.text import Text
+
+    kept, gap = _fitting(columns, rows, console.width)
+    grid = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="bold")
+    for index in kept:
+        right = index > 1 and all(_is_number(row[index]) for row in rows)
+        grid.add_column(Text(_header(columns[index])), justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        grid.add_row(*(Text(row[index]) for index in kept))
+    console.print(grid)
+    left_out = [columns[i] for i in range(len(columns)) if i not in kept]
+    if left_out:
+        console.print(f"no room for: {', '.join(left_out)} (all columns are in report.md)", style="dim", markup=False)
+
+
+def best_lines(analysis: Analysis) -> list[str]:
+    """The best setting in sentences; why there is none."""
+    evidence, record, best = analysis.evidence, analysis.best, analysis.evidence.best
+    if record is None or best is None:
+        return [f"No COMPLETE trial has a value of {evidence.metric}: there is no best setting, and no guideline."]
+    setting = ", ".join(f"{name} {number(value, 3)}" for name, value in record.params.items()) or "the sweep's own values"
+    seeds = f", the mean of {best.num_seeds} seeds" if best.num_seeds > 1 else ""
+    lines = [f"Trial {best.id}: {setting}", f"{evidence.metric} {number(best.value)} {unit_of(evidence.metric)}{seeds}"]
+    others = [f"{k} {number(v)}" for k, v in sorted(record.metrics.items()) if k != evidence.metric and v is not None]
+    lines += [", ".join(others)] if others else []
+    if best.margin is not None:
+        in_sds = f", {number(best.margin_in_sds, 2)} standard deviations of a run" if best.margin_in_sds is not None else ""
+        lines.append(f"{number(best.margin, 3)} better than the second setting (trial {best.second}){in_sds}")
+    for edge in best.edges:
+        lines.append(f"{edge.axis} {number(edge.value, 3)} is at the {edge.side} end of the tested range")
+    return lines
+
+
+def noise_line(evidence: Evidence) -> str:
+    found = evidence.noise
+    if found is None:
+        return f"Noise of a run in {evidence.metric}: unknown, as no setting was completed with two seeds."
+    return (
+        f"Noise of a run in {evidence.metric}: standard deviation {number(found.sd, 3)} (95 % interval {number(found.low, 3)} to "
+        f"{number(found.high, 3)}), pooled over {found.num_settings} settings and {found.num_trials} runs."
+    )
+
+
+def evidence_line(guideline: Guideline) -> str:
+    """The numbers behind a claim."""
+    parts = []
+    if guideline.effect is not None:
+        parts.append(f"effect {number(guideline.effect, 3)} {guideline.unit}")
+    if guideline.interval is not None:
+        parts.append("95 % {} to {}".format(*(number(end, 3) for end in guideline.interval)))
+    if guideline.p_value is not None:
+        parts.append(f"Holm p {number(guideline.p_value, 2)}")
+    parts.append(f"{guideline.num_trials} trials, {guideline.num_seeds} seed{'s' if guideline.num_seeds != 1 else ''}")
+    return ", ".join(parts)
+
+
+def scope_lines(analysis: Analysis) -> list[str]:
+    """What was swept, which is also how far the claims reach."""
+    scope, evidence = analysis.evidence.scope, analysis.evidence
+    sweep = evidence.sweep
+    lines = [f"{axis}: {text}" for axis, text in scope.tested.items()]
+    lines += [f"{name}: moves with {other}" for name, other in evidence.aliases.items()]
+    named = {"teacher": scope.teacher, "student": scope.student, "data": scope.data, "alpha rule": scope.alpha_rule}
+    lines += [f"{name}: {value}" for name, value in named.items() if value]
+    if scope.tokens:
+        lines.append("training tokens of a COMPLETE trial: {}".format(" to ".join(f"{n:,}" for n in sorted(set(scope.tokens)))))
+    if sweep:
+        lines.append(f"method: {sweep.method}; sampler: {sweep.sampler.name}; scheduler: {sweep.scheduler.name}")
+    direction = "higher" if evidence.mode == "max" else "lower"
+    return [*lines, f"ranked by: {evidence.metric}, {unit_of(evidence.metric)}, {direction} is better"]
+
+
+def markdown(analysis: Analysis) -> str:
+    """`report.md`. A section without data is not written."""
+    evidence = analysis.evidence
+    title = f"# {evidence.sweep.name if evidence.sweep else analysis.folder.name}: what {len(evidence.records)} trials say"
+    sections = [
+        title,
+        _bullets(analysis.notes),
+        "## What was swept\n\n" + _bullets(scope_lines(analysis)),
+        "## Best setting\n\n" + _bullets(best_lines(analysis)),
+        _guidelines_section(analysis.guidelines),
+        _matrix_section(analysis.matrix),
+        _curves_section(evidence),
+        _failures_section(evidence.records),
+        "## Noise\n\n" + _escape(noise_line(evidence)),
+        "## All trials\n\n" + _grid(*trials_table(evidence.records, evidence.metric, evidence.mode)) + f"\n\n{LEGEND}.",
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def best_yaml(sweep: SweepConfig, record: TrialRecord) -> str:
+    """A sweep file of one trial, the winner: the sweep's models, data and resources with the trial's own config.
+
+    Raises:
+        ConfigError: the record's config or parameters do not fit the schema.
+    """
+    trial = record.config or {**plain(build_space(sweep).trial_config(record.params, sweep.trial)), "seed": record.seed}
+    changed = {
+        "name": f"{sweep.name}-best",
+        "search": {},
+        "sampler": {"name": "grid", "num_trials": 1},
+        "scheduler": {"name": "none"},
+    }
+    config = validate({**plain(sweep), **trial, **changed})
+    when = datetime.fromtimestamp(record.ended, UTC).strftime("%Y-%m-%d %H:%M UTC") if record.ended else "at an unknown time"
+    metrics = ", ".join(f"{name} {number(value, 6)}" for name, value in sorted(record.metrics.items()))
+    header = [f"The best setting of the sweep {sweep.name}: trial {record.id}, ended {when}.", metrics]
+    return "".join(f"# {' '.join(line.split())}\n" for line in header) + "\n" + dump(config)
+
+
+def _trial_row(record: TrialRecord, shown: Sequence[str], seeds: bool) -> tuple[str, ...]:
+    cause = f": {record.cause or 'unknown cause'}".replace("_", " ") if record.state == "FAILED" else ""
+    return (
+        record.id,
+        record.state + cause,
+        *(number(record.params.get(name), 3) for name in shown),
+        *((str(record.seed),) if seeds else ()),
+        *(_metric(record.metrics.get(name)) for name in MEASURED.values()),
+        _count(record.tokens),
+        f"{record.seconds:.0f}",
+        f"{record.peak_memory_bytes / 1e9:.1f}" if record.peak_memory_bytes else "–",
+    )
+
+
+def _metric(value: float | None) -> str:
+    return "–" if value is None or value != value else f"{value:.4f}" if abs(value) < 1000 else number(value)
+
+
+def _count(num: int) -> str:
+    return str(num) if num < 10_000 else f"{num / 1e3:.0f}k" if num < 1_000_000 else f"{num / 1e6:.1f}M"
+
+
+def _is_number(text: str) -> bool:
+    return text == "–" or text[:1] in "-0123456789"
+
+
+def _header(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _fitting(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> tuple[list[int], int]:
+    """Indices of the columns that fit without breaking a word, and the gap between; state and headers wrap between words."""
+
+    def needed(index: int) -> int:
+        words = [*_header(columns[index]).split(), *(w for row in rows for w in (row[index].split() or [""]))]
+        return max(map(len, words)) if index == 1 else max([*map(len, words), *(len(row[index]) for row in rows)])
+
+    for dropped in ((), *(DISPENSABLE[: n + 1] for n in range(len(DISPENSABLE)))):
+        kept = [i for i, name in enumerate(columns) if name not in dropped]
+        room = width - sum(needed(i) for i in kept)
+        if room >= len(kept) - 1:
+            break
+    return kept, 2 if room >= 2 * (len(kept) - 1) else 1
+
+
+def _guidelines_section(guidelines: Sequence[Guideline]) -> str:
+    if not guidelines:
+        return ""
+    blocks = ["## Guidelines"]
+    for guideline in guidelines:
+        ids = ", ".join(guideline.trials[:12]) + (f" and {len(guideline.trials) - 12} more" if len(guideline.trials) > 12 else "")
+        lines = [f"asked: {guideline.hypothesis}", evidence_line(guideline), guideline.note, f"trials: {ids}" if ids else ""]
+        blocks.append(f"**{guideline.verdict}** · {_escape(guideline.claim)}\n\n" + _bullets([line for line in lines if line]))
+    return "\n\n".join(blocks)
+
+
+def _matrix_section(matrix: Matrix | None) -> str:
+    if matrix is None or matrix.best is None:
+        return ""
+    header = [
+        "rank",
+        *(number(low, 3) if low == high else f"{number(low, 2)} … {number(high, 2)}" for low, high in matrix.learning_rates),
+    ]
+    rows = [
+        [number(rank), *(_cell_text(cell, matrix.best == (i, j)) for j, cell in enumerate(matrix.cells[i]))]
+        for i, rank in enumerate(matrix.ranks)
+    ]
+    text = (
+        f"The best {matrix.metric} of the COMPLETE trials at each rank (row) and learning rate (column), how many trials were "
+        "there in all, and the best cell in bold. A dash: none was completed."
+    )
+    return f"## Rank × learning rate\n\n{text}\n\n" + _grid(header, rows, escape=False)
+
+
+def _cell_text(cell: Cell, best: bool) -> str:
+    if not cell.num_trials:
+        return ""
+    value = _metric(cell.best)
+    failed = f", {cell.states['FAILED']} failed" if cell.states.get("FAILED") else ""
+    return f"{f'**{value}**' if best else value} ({cell.num_trials}{failed})"
+
+
+def _curves_section(evidence: Evidence) -> str:
+    records = [r for r in ranked(evidence.records, evidence.metric, evidence.mode) if r.curve]
+    rungs = sorted({row["rung"] for r in records for row in r.curve if isinstance(row.get("rung"), int)})
+    if not rungs:
+        return ""
+    rows = []
+    for record in records[:MAX_CURVES]:
+        values = {row.get("rung"): row.get(evidence.metric) for row in record.curve}
+        rows.append([record.id, record.state, *(_metric(values.get(rung)) if rung in values else "" for rung in rungs)])
+    header = ["trial", "state", *(f"rung {rung}{_rung_tokens(records, rung)}" for rung in rungs)]
+    more = f" The best {MAX_CURVES} of {len(records)} trials." if len(records) > MAX_CURVES else ""
+    return f"## Learning curves\n\n{evidence.metric} at each rung.{more}\n\n" + _grid(header, rows)
+
+
+def _rung_tokens(records: Sequence[TrialRecord], rung: int) -> str:
+    tokens = [row["tokens"] for r in records for row in r.curve if row.get("rung") == rung and isinstance(row.get("tokens"), int)]
+    return f", {_count(sorted(tokens)[len(tokens) // 2])} tokens" if tokens else ""
+
+
+def _failures_section(records: Sequence[TrialRecord]) -> str:
+    failed = [r for r in records if r.state == "FAILED"]
+    if not failed:
+        return ""
+    rows = []
+    for cause, count in Counter(r.cause or "unknown" for r in failed).most_common():
+        those = [r for r in failed if (r.cause or "unknown") == cause]
+        error = next((r.error for r in those if r.error), "")
+        rows.append([cause, str(count), ", ".join(r.id for r in those[:12]), " ".join(error.split())[:200]])
+    return "## Failures by cause\n\n" + _grid(("cause", "trials", "which", "first error"), rows)
+
+
+def _grid(columns: Sequence[str], rows: Sequence[Sequence[str]], escape: bool = True) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(_escape(cell) if escape else cell for cell in line) + " |" for line in lines)
+
+
+def _bullets(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {_escape(line)}" for line in lines)
+
+
+def _escape(text: Any) -> str:
+    """Text as Markdown shows it literally: what users and exceptions wrote is not markup."""
+    flat = " ".join(str(text).split())
+    for sign in "\\`*<>|[]":
+        flat = flat.replace(sign, f"\\{sign}")
+    return flat

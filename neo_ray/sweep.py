@@ -1,0 +1,184 @@
+"""Run a sweep: `python -m neo_ray.sweep FILE [key=value …] [--dry-run] [--fresh]`.
+
+Exit codes: 0 done, 1 the sweep could not go on, 2 a mistake in the file or its surroundings (nothing written), 130 interrupted.
+The same command again continues a sweep.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from neo_ray import config as configuration
+from neo_ray.config import ConfigError, SweepConfig
+from neo_ray.plan import make_plan, render
+from neo_ray.space import Space, build_space, differences
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m neo_ray.sweep", description="Run or continue a hyperparameter sweep.")
+    parser.add_argument("file", help="sweep file (YAML)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. training.learning_rate=1e-4")
+    parser.add_argument("--dry-run", action="store_true", help="print what would happen, and stop")
+    parser.add_argument("--fresh", action="store_true", help="put an earlier sweep of this name aside and begin anew")
+    asked = parser.parse_args(argv)
+    try:
+        config = configuration.load(asked.file, asked.overrides)
+        if asked.dry_run:
+            print(render(make_plan(config)))
+            return 0
+        return run(config, build_space(config), asked.fresh)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(config: SweepConfig, space: Space, fresh: bool = False) -> int:
+    """Run what is left of a sweep and report. Returns the exit code."""
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 140)
+
+    def announce(text: str) -> None:
+        console.print(text, markup=False, highlight=False)
+
+    _check_same_sweep(config, fresh)
+    _check_writable(config)
+    _check_accelerator(config)
+    announce(f"sweep {config.name}: preparing")
+    _quiet()
+    from neo_ray.prepare import prepare
+
+    sources = prepare(config, announce)
+    from neo_ray.lease import lease
+
+    with lease(config.folder):
+        if fresh:
+            _set_aside(config.folder)
+        code = _run_on_ray(config, space, sources, console, announce)
+        _report(config.folder, console)
+    return code
+
+
+def _run_on_ray(config: SweepConfig, space: Space, sources: Any, console: Any, announce: Any) -> int:
+    from neo_ray.records import Journal, fold, write_records
+    from neo_ray.space import trials_planned
+
+    records = fold(Journal(config.folder).events())
+    planned = trials_planned(config, space)
+    left = planned - sum(record.finished for record in records)
+    if left <= 0 and all(record.finished for record in records):
+        announce(f"all {planned} trials have run; nothing is left to do (more: sampler.num_trials=…)")
+        return 0
+    import ray
+
+    from neo_ray import cluster
+    from neo_ray.prepare import make_student
+    from neo_ray.progress import Progress
+    from neo_ray.tuner import SweepFailed, run_trials
+
+    announce("connecting to Ray" if config.resources.address else "starting Ray on this machine")
+    capacity = cluster.connect(config.resources)
+    try:
+        slots = cluster.concurrency(config.resources, capacity)
+        announce(f"{capacity.nodes} node(s), {capacity.cpus:g} CPUs, {capacity.gpus:g} GPUs: {slots} trials at a time")
+        _write_contract(config)
+        sources = make_student(config, sources, announce)
+        announce("starting workers (they load the models once, for all trials)")
+        with Progress(config, console, planned, records, slots) as progress:
+            run_trials(config, space, sources, slots, progress)
+        return 0
+    except KeyboardInterrupt:
+        announce("interrupted; the same command goes on from here")
+        return 130
+    except SweepFailed as error:
+        announce(f"error: workers cannot be kept alive: {error}; their logs: {config.folder / 'logs'}")
+        return 1
+    finally:
+        if capacity.started_here:
+            ray.shutdown()
+        if config.folder.exists():
+            write_records(config.folder, fold(Journal(config.folder).events()))
+
+
+def _report(folder: Path, console: Any) -> None:
+    """Guidelines and report from the records, as `python -m neo_ray.analyze` makes them."""
+    from neo_ray import analyze
+
+    try:
+        analysis = analyze.analyse(folder)
+    except ValueError as error:
+        console.print(f"no report yet: {error}", markup=False)
+        return
+    analyze.write(analysis, folder)
+    analyze.show(analysis, console)
+    console.print(f"results: {folder}", markup=False, highlight=False)
+
+
+def _check_same_sweep(config: SweepConfig, fresh: bool) -> None:
+    """A results folder belongs to one meaning of a trial; more trials or other resources extend it."""
+    import yaml
+
+    path = config.folder / "sweep.yaml"
+    if fresh or not path.exists():
+        return
+    old = configuration.validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    changed = differences(old, config)
+    if changed:
+        raise ConfigError(
+            f"name: {config.folder} holds a sweep whose trials mean something else ({'; '.join(changed)}); "
+            "take another name, or --fresh to put that one aside"
+        )
+
+
+def _check_writable(config: SweepConfig) -> None:
+    for key, path in (("storage.path", config.folder), ("storage.cache", config.cache)):
+        nearest = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            raise ConfigError(f"{key}: {path} cannot be written ({nearest} is not a folder that this user may write)")
+
+
+def _check_accelerator(config: SweepConfig) -> None:
+    """A GPU sweep that would start Ray on a machine without one: say so before anything is prepared."""
+    if config.resources.gpus_per_worker and not config.resources.address and not Path("/dev/nvidia0").exists():
+        raise ConfigError(
+            f"resources.gpus_per_worker: {config.resources.gpus_per_worker:g} asked for, and this machine has no GPU; "
+            "on a cluster's head give resources.address=auto, from outside use `ray exec cluster.yaml …`"
+        )
+
+
+def _set_aside(folder: Path) -> None:
+    """`--fresh` deletes nothing."""
+    aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+    for path in list(folder.iterdir()):
+        if not path.name.startswith((".lease", "lease")):
+            aside.mkdir(exist_ok=True)
+            shutil.move(str(path), aside / path.name)
+
+
+def _write_contract(config: SweepConfig) -> None:
+    """`sweep.yaml` and `environment.json`: what was asked for, and where it ran."""
+    import json
+
+    from neo_ray.environment import environment
+    from neo_ray.records import write_atomically
+
+    write_atomically(config.folder / "sweep.yaml", configuration.dump(config))
+    write_atomically(config.folder / "environment.json", json.dumps(environment(), indent=2))
+
+
+def _quiet() -> None:
+    """Libraries' bars and warnings do not belong between a sweep's lines."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,254 @@
+"""How is one trial trained? Set-up, the loop, the finish, top to bottom. Runs without Ray: `report` is any function.
+
+Shapes: B sequences of a micro-batch, L tokens, V vocabulary, N scored positions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from neo_ray import adapters, checkpoints, devices
+from neo_ray.batches import StepPlan, accumulation_steps, learning_rate, plan_steps
+from neo_ray.config import TrialConfig
+from neo_ray.data import Split, collate
+from neo_ray.evaluate import evaluate
+from neo_ray.losses import IGNORED, LossSums, neo_loss, next_labels, scored
+from neo_ray.parts import Parts, rank_and_world_size, sum_over_ranks
+
+Row = dict[str, Any]
+Report = Callable[[Row], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a trial ended. A failure is data, not an exception."""
+
+    state: Literal["COMPLETE", "PRUNED", "FAILED"]
+    cause: str | None = None
+    error: str | None = None
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    """Report-split scores of a complete trial."""
+    details: dict[str, Any] = field(default_factory=dict)
+    totals: dict[str, Any] = field(default_factory=dict)
+    """tokens, steps, seconds, accelerator_seconds, peak_memory_bytes"""
+
+
+def train(
+    trial: TrialConfig,
+    parts: Parts,
+    report: Report,
+    should_stop: Callable[[], bool] = lambda: False,
+    folder: Path | None = None,
+) -> Outcome:
+    """Train one trial from its last checkpoint, or from the start.
+
+    Args:
+        trial: everything that determines the result, with `parts`.
+        report: called on rank 0 with a row for every evaluation; rows from before an interruption are reported again.
+        should_stop: asked on rank 0 between optimizer steps; all ranks stop together.
+        folder: where the trial's checkpoints and its adapter go; None keeps nothing.
+
+    Returns:
+        COMPLETE, PRUNED (stopped) or FAILED (diverged). Anything else raises.
+    """
+    started, (rank, world_size) = time.monotonic(), rank_and_world_size()
+    devices.reset_peak_memory(parts.device)
+    baseline = _baseline(parts, trial)
+    split = parts.data.split("train")
+    plan = plan_steps(split.num_tokens, split.num_labels, trial.training, trial.evaluation.points, trial.seed)
+    student = Student(adapters.attach(parts.student, trial), parts.device, parts.dtype)
+    parameters = adapters.trained_parameters(student.model)
+    if trial.training.gradient_checkpointing:
+        cast(Any, student.model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    engine = _engine(student, list(parameters.values()), trial, world_size)
+
+    state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "peak_memory_bytes": 0, "curve": []}
+    checkpoint_folder = folder / "checkpoint" if folder is not None else None
+    resumed = checkpoints.latest(checkpoint_folder) if checkpoint_folder is not None else None
+    if resumed is not None:
+        state = checkpoints.load_state(resumed)
+        checkpoints.restore(engine, parameters, checkpoints.load_tensors(resumed), state["step"])
+    details = {
+        "baseline": baseline,
+        "device": devices.describe(parts.device),
+        "dtype": str(parts.dtype).removeprefix("torch."),
+        "workers": world_size,
+        "trained_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in parameters.values()),
+        "resumed_from_step": state["step"],
+        "setup_seconds": time.monotonic() - started,
+    }
+
+    def totals() -> dict[str, Any]:
+        seconds = state["seconds"] + time.monotonic() - started
+        peak = max(state["peak_memory_bytes"], devices.peak_memory_bytes(parts.device))
+        return {
+            "tokens": int(plan.tokens[step - 1]) if step else 0,
+            "steps": step,
+            "seconds": seconds,
+            "accelerator_seconds": seconds * world_size,
+            "peak_memory_bytes": peak,
+        }
+
+    step = state["step"]
+    if rank == 0:
+        for row in state["curve"]:
+            report(row)
+
+    window = torch.zeros(4, dtype=torch.float64)  # loss, ce, kd sums and count since the last evaluation
+    outcome: Outcome | None = None
+    student.train()
+    while step < plan.num_steps and outcome is None:
+        rate = learning_rate(trial.training, step, plan.num_steps)
+        sums = _optimizer_step(engine, trial, parts, split, plan, step, rate)
+        flags = torch.tensor([*sums, float(rank == 0 and should_stop())], dtype=torch.float64, device=parts.device)
+        total, ce, kd, stopped = sum_over_ranks(flags).tolist()
+        window += torch.tensor([total, ce, kd, plan.labels[step]], dtype=torch.float64)
+        due = plan.due(step)
+        step += 1
+        if not torch.isfinite(torch.tensor(total)):
+            where = f"step {step} of {plan.num_steps} (learning rate {rate:.3g})"
+            outcome = Outcome("FAILED", "diverged", f"loss is {total} at {where}")
+        elif due is not None:
+            scores = evaluate(student.logits, parts, "select", trial.evaluation).named("select")
+            student.train()
+            means = (window[:3] / window[3]).tolist()
+            window.zero_()
+            row = {"rung": due, "rung_tokens": plan.rung_tokens[due - 1], "step": step, "learning_rate": rate}
+            row |= dict(zip(("train_loss", "train_ce", "train_kd"), means, strict=True)) | scores | _worst(totals(), parts)
+            row["tokens"] = int(plan.tokens[step - 1])
+            state["curve"].append(row)
+            if checkpoint_folder is not None and step < plan.num_steps:
+                _save(engine, parameters, checkpoint_folder, state | {"step": step} | _clock(totals()))
+            if rank == 0:
+                report(row)
+            if scores["select_ce"] != scores["select_ce"]:
+                outcome = Outcome("FAILED", "diverged", f"held-out loss is not a number at step {step} of {plan.num_steps}")
+        if outcome is None and stopped and step < plan.num_steps:
+            outcome = Outcome("PRUNED")
+
+    if outcome is None:
+        metrics = evaluate(student.logits, parts, "report", trial.evaluation).named("report")
+        weights = checkpoints.gather(engine, parameters)
+        if rank == 0 and folder is not None and trial.has_adapter:
+            adapters.save_adapter(student.model, weights, folder / "adapter")
+        outcome = Outcome("COMPLETE", metrics=metrics)
+    if rank == 0 and checkpoint_folder is not None:
+        checkpoints.remove(checkpoint_folder)
+    final = _worst(totals(), parts)
+    engine.destroy()
+    if trial.training.gradient_checkpointing:
+        cast(Any, student.model).gradient_checkpointing_disable()
+    adapters.detach(student.model)
+    devices.free_memory(parts.device)
+    return Outcome(outcome.state, outcome.cause, outcome.error, outcome.metrics, details, final)
+
+
+class Student(nn.Module):
+    """The model under training as the engine sees it: logits in the compute dtype, trained weights in fp32."""
+
+    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.device, self.dtype = model, device, dtype
+
+    def forward(self, input_ids_BL: torch.Tensor, attention_mask_BL: torch.Tensor) -> torch.Tensor:
+        with devices.autocast(self.device, self.dtype):
+            return self.model(input_ids=input_ids_BL, attention_mask=attention_mask_BL).logits
+
+    def logits(self, input_ids_BL: torch.Tensor, attention_mask_BL: torch.Tensor) -> torch.Tensor:
+        """For evaluation: dropout off, no gradient."""
+        self.eval()
+        with torch.no_grad():
+            return self(input_ids_BL, attention_mask_BL)
+
+
+def _engine(student: Student, parameters: list[nn.Parameter], trial: TrialConfig, world_size: int) -> Any:
+    """A DeepSpeed engine around the student. Precision is ours (autocast over fp32 weights), so that none is cast in place."""
+    devices.prepare_deepspeed()
+    import deepspeed
+
+    training = trial.training
+    optimizer = torch.optim.AdamW(
+        parameters, lr=training.learning_rate, betas=(training.beta1, training.beta2), weight_decay=training.weight_decay
+    )
+    extra = trial.deepspeed.extra
+    config = {
+        **extra,
+        "train_micro_batch_size_per_gpu": training.micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps(training.batch_size, world_size, training.micro_batch_size),
+        "gradient_clipping": training.max_grad_norm,
+        "zero_optimization": {**(extra.get("zero_optimization") or {}), "stage": trial.deepspeed.zero_stage},
+        "steps_per_print": 10**9,
+    }
+    return deepspeed.initialize(model=student, optimizer=optimizer, model_parameters=parameters, config=config)[0]
+
+
+def _optimizer_step(
+    engine: Any, trial: TrialConfig, parts: Parts, split: Split, plan: StepPlan, step: int, rate: float
+) -> tuple[float, float, float]:
+    """All micro-batches of one step on this rank, then the update. Returns this rank's loss, CE and KD sums."""
+    rank, world_size = rank_and_world_size()
+    devices.seed_step(trial.seed, step, rank)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+    sums = torch.zeros(3, dtype=torch.float64, device=parts.device)
+    for indices in plan.micro_batches(step, rank, world_size, trial.training.micro_batch_size, split.num_tokens):
+        empty = len(indices) == 0  # this rank has no share of a last, partial batch: it takes part with a loss of 0
+        batch = collate(split.examples(indices if not empty else plan.order[:1]), parts.sources.pad_id, device=str(parts.device))
+        labels_BL = torch.full_like(batch.labels_BL, IGNORED) if empty else batch.labels_BL
+        logits_BLV = engine(batch.input_ids_BL, batch.attention_mask_BL)
+        student_NV = scored(logits_BLV, labels_BL, parts.vocabulary)
+        teacher_NV = None
+        if trial.has_teacher and trial.distill.kd_ratio > 0:
+            teacher_NV = _teacher_logits(parts, batch.input_ids_BL, batch.attention_mask_BL, labels_BL)
+        loss: LossSums = neo_loss(student_NV, next_labels(labels_BL), teacher_NV, trial.distill)
+        # DeepSpeed averages over ranks: undo that. The denominator counts every micro-batch of every rank.
+        engine.backward(loss.total * (world_size / max(1, int(plan.labels[step]))), scale_wrt_gas=False)
+        sums += torch.stack([loss.total.detach(), loss.ce, loss.kd]).double()
+        engine.step()
+    total, ce, kd = sums.tolist()
+    return total, ce, kd
+
+
+@torch.no_grad()
+def _teacher_logits(parts: Parts, ids_BL: torch.Tensor, mask_BL: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
+    assert parts.teacher is not None
+    return scored(parts.teacher(input_ids=ids_BL, attention_mask=mask_BL).logits, labels_BL, parts.vocabulary)
+
+
+def _baseline(parts: Parts, trial: TrialConfig) -> dict[str, float | None]:
+    """The untrained student's scores on the select split, measured once a worker: the same for every trial."""
+    key = ("baseline", trial.evaluation)
+    if key not in parts.measured:
+        student = Student(parts.student, parts.device, parts.dtype)
+        parts.measured[key] = evaluate(student.logits, parts, "select", trial.evaluation).named("select")
+    return parts.measured[key]
+
+
+def _save(engine: Any, parameters: dict[str, nn.Parameter], folder: Path, state: dict[str, Any]) -> None:
+    tensors = checkpoints.gather(engine, parameters) | checkpoints.gather_moments(engine, parameters)
+    if rank_and_world_size()[0] == 0:
+        checkpoints.save(folder, tensors, state)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _worst(totals: dict[str, Any], parts: Parts) -> dict[str, Any]:
+    """The largest worker's memory and the slowest worker's clock stand for the trial."""
+    names = ("seconds", "accelerator_seconds", "peak_memory_bytes")
+    values = torch.tensor([float(totals[n]) for n in names], dtype=torch.float64, device=parts.device)
+    if rank_and_world_size()[1] > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    seconds, accelerator_seconds, peak = values.tolist()
+    return {**totals, "seconds": seconds, "accelerator_seconds": accelerator_seconds, "peak_memory_bytes": int(peak)}
+
+
+def _clock(totals: dict[str, Any]) -> dict[str, Any]:
+    return {"seconds": totals["seconds"], "peak_memory_bytes": totals["peak_memory_bytes"]}

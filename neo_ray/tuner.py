@@ -1,0 +1,253 @@
+"""How does a sweep run? Tune over slots: the sampler proposes, slots train, the scheduler stops, the journal keeps everything."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import uuid
+import warnings
+from typing import Any
+
+import ray
+from ray import tune
+
+from neo_ray.adapters import scaling
+from neo_ray.board import Board
+from neo_ray.cluster import HEAD
+from neo_ray.config import SweepConfig, TrialConfig, plain
+from neo_ray.parts import Sources
+from neo_ray.progress import Progress
+from neo_ray.records import Journal, TrialRecord, fold, write_records
+from neo_ray.searcher import Asha, Setting, StudySearch, open_study
+from neo_ray.slot import NAMESPACE, SlotJob, SlotRunner
+from neo_ray.space import Space, grid_settings, trials_planned
+
+
+class SweepFailed(RuntimeError):
+    """No slot can be kept alive: the reason is the last worker's."""
+
+
+def run_trials(config: SweepConfig, space: Space, sources: Sources, slots: int, progress: Progress) -> None:
+    """Run what is still to be run of a sweep. Returns when all trials have ended; the journal holds what happened.
+
+    Raises:
+        SweepFailed: workers die at once, again and again.
+        KeyboardInterrupt: as pressed; what ran is in the journal and in checkpoints.
+    """
+    records = fold(Journal(config.folder).events())
+    given, remaining = settings_to_run(config, space, records)
+    if not remaining:
+        return
+    name = f"board-{uuid.uuid4().hex[:8]}"
+    board: Any = (
+        ray.remote(Board)
+        .options(name=name, namespace=NAMESPACE, num_cpus=0, resources=HEAD, max_concurrency=1000)
+        .remote(config.resources.max_failures)
+    )
+    recorder = _Recorder(config, space, board, progress)
+    runners = [
+        SlotRunner(SlotJob(slot, name, sources, str(config.folder.resolve())), config.resources, board, progress.say)
+        for slot in range(min(slots, remaining))
+    ]
+    for thread in (recorder, *runners):
+        thread.start()
+    watchdog = threading.Thread(target=_watch, args=(runners, recorder), daemon=True)
+    watchdog.start()
+    try:
+        _fit(config, space, records, given, remaining, name, len(runners), recorder)
+        if recorder.failed is None:
+            recorder.wait_until_all_ended()
+    finally:
+        for runner in runners:
+            runner.closing = True
+        recorder.closing = True
+        try:
+            ray.get(board.close.remote(), timeout=10)
+        except Exception:
+            logging.getLogger("neo_ray").warning("the board did not answer at the end")
+    for runner in runners:
+        runner.join(timeout=60)
+    recorder.join(timeout=30)
+    if recorder.failed is not None:
+        raise SweepFailed(recorder.failed)
+
+
+def settings_to_run(config: SweepConfig, space: Space, records: list[TrialRecord]) -> tuple[list[Setting], int]:
+    """Settings that are given rather than proposed (interrupted trials first, then a grid's rest), and how many trials remain."""
+    planned = trials_planned(config, space)
+    interrupted = [(r.id, r.params, r.seed) for r in records if not r.finished]
+    if config.sampler.name == "grid":
+        known = {(_key(r.params), r.seed) for r in records}
+        fresh = [(p, s) for p, s in grid_settings(config, space)[:planned] if (_key(p), s) not in known]
+        numbered = [(trial_id(len(records) + i), p, s) for i, (p, s) in enumerate(fresh)]
+        return interrupted + numbered, len(interrupted) + len(numbered)
+    return interrupted, max(len(interrupted), planned - sum(r.finished for r in records))
+
+
+def trial_id(number: int) -> str:
+    return f"{number:04d}"
+
+
+def _key(params: dict[str, Any]) -> str:
+    return repr(sorted(params.items(), key=lambda item: item[0]))
+
+
+def _fit(
+    config: SweepConfig,
+    space: Space,
+    records: list[TrialRecord],
+    given: list[Setting],
+    remaining: int,
+    board: str,
+    slots: int,
+    recorder: _Recorder,
+) -> None:
+    numbers = iter(range(len(records), 10**6))
+    study = open_study(config, space, records)
+    search = StudySearch(config, space, study, given, lambda: trial_id(next(numbers)), recorder.started)
+    scheduler = None
+    if config.scheduler.name == "asha":
+        scheduler = Asha(config)
+        scheduler.replay(records)
+    Relay.board_name = board
+    tuner = tune.Tuner(
+        tune.with_resources(Relay, HEAD),
+        param_space={"board": board},
+        tune_config=tune.TuneConfig(
+            num_samples=remaining,
+            max_concurrent_trials=slots,
+            search_alg=search,
+            scheduler=scheduler,
+            reuse_actors=True,
+            trial_dirname_creator=lambda trial: f"{trial.config['trial']}-{trial.trial_id}",
+        ),
+        run_config=tune.RunConfig(
+            name=f"tune-{time.time_ns()}",
+            storage_path=str((config.folder / "ray").resolve()),
+            verbose=0,
+            callbacks=[_TellBoard(board)],
+        ),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tuner.fit()
+
+
+class Relay(tune.Trainable):
+    """A Tune trial: hands its config to the board and reports what comes back. Holds no model and takes no worker's CPU."""
+
+    board_name = ""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        import json
+
+        self.board = ray.get_actor(config["board"], namespace=NAMESPACE)
+        self.trial, self.seen, self.waiting = config["trial"], 0, []  # type: ignore[var-annotated]
+        ray.get(self.board.submit.remote(self.trial, {"config": json.loads(config["config"])}))
+
+    def step(self) -> dict[str, Any]:
+        """The next evaluation, or the end."""
+        while not self.waiting:
+            self.waiting = ray.get(self.board.items_after.remote(self.trial, self.seen))
+            self.seen += len(self.waiting)
+        item = self.waiting.pop(0)
+        if item["kind"] == "report":
+            self.last = item["row"]
+            return dict(item["row"])
+        if item["kind"] == "end":
+            last = getattr(self, "last", {}) if item["state"] == "COMPLETE" else {}
+            return {**last, "state": item["state"], "cause": item.get("cause"), "done": True}
+        return self.step()
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self.last = {}
+        self.setup(new_config)
+        return True
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        return None
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        return None
+
+
+class _TellBoard(tune.Callback):
+    """A trial that Tune is done with needs no slot any more."""
+
+    def __init__(self, board: str) -> None:
+        self.board = board
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        ray.get_actor(self.board, namespace=NAMESPACE).cancel.remote(trial.config["trial"])
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.on_trial_complete(iteration, trials, trial)
+
+
+class _Recorder(threading.Thread):
+    """Writes the journal from the board's log, where everything passes, and keeps `trials.jsonl` and the display."""
+
+    def __init__(self, config: SweepConfig, space: Space, board: Any, progress: Progress) -> None:
+        super().__init__(daemon=True, name="recorder")
+        self.config, self.space, self.board, self.progress = config, space, board, progress
+        self.journal = Journal(config.folder)
+        self.open: set[str] = set()
+        self.closing = False
+        self.failed: str | None = None
+        self.phase = "exploit" if config.sampler.name == "tpe" or config.scheduler.name != "none" else "map"
+
+    def started(self, trial: str, params: dict[str, Any], seed: int) -> None:
+        """The searcher proposed a trial: it exists from now on. A resumed one begins another attempt."""
+        known = {r.id for r in fold(self.journal.events())}
+        resolved: TrialConfig = self.space.trial_config(params, self.config.trial).model_copy(update={"seed": seed})
+        self.open.add(trial)
+        if trial in known:
+            self.journal.write("attempt", trial)
+        else:
+            factor = scaling(resolved.lora) if resolved.has_adapter else None
+            self.journal.write("start", trial, params=params, config=plain(resolved), seed=seed, phase=self.phase, scaling=factor)
+        self._show(trial, "start")
+
+    def run(self) -> None:
+        seen = 0
+        while True:
+            try:
+                items = ray.get(self.board.log_after.remote(seen, 1.0))
+            except Exception:
+                return
+            for item in items:
+                self._write(item)
+            seen += len(items)
+            if self.closing and not items:
+                return
+
+    def wait_until_all_ended(self) -> None:
+        """A stopped trial ends at its slot's next look; the sweep is over when all have."""
+        while self.open and self.failed is None:
+            time.sleep(0.1)
+
+    def _write(self, item: dict[str, Any]) -> None:
+        item = dict(item)
+        trial, kind = item.pop("trial"), item.pop("kind")
+        self.journal.write(kind, trial, **item)
+        if kind == "end":
+            self.open.discard(trial)
+            write_records(self.config.folder, fold(self.journal.events()))
+        self._show(trial, kind)
+
+    def _show(self, trial: str, event: str) -> None:
+        record = next(r for r in fold(self.journal.events()) if r.id == trial)
+        self.progress.update(record, event)
+
+
+def _watch(runners: list[SlotRunner], recorder: _Recorder) -> None:
+    """When no slot is left alive while trials wait, the sweep cannot go on: say why and stop Tune."""
+    import _thread
+
+    while not recorder.closing:
+        time.sleep(1)
+        if not recorder.closing and not any(runner.is_alive() for runner in runners):
+            recorder.failed = next((r.error for r in runners if r.error), "all slots ended")
+            _thread.interrupt_main()
+            return

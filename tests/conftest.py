@@ -1,0 +1,39 @@
+"""What do all tests share? A quiet, offline, single-threaded CPU environment and one tiny world."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+# Before anything imports torch, tokenizers or deepspeed: they read these once.
+os.environ.update(
+    OMP_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
+    HF_HUB_OFFLINE="1",
+    DS_ACCELERATOR="cpu",
+)
+
+import pytest
+from tiny import World, make_world
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs an accelerator")
+    config.addinivalue_line("markers", "slow: takes more than a few seconds")
+    config.addinivalue_line("markers", "cluster: starts a local Ray cluster")
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(Path(tmp_path_factory.mktemp("world")))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_torch_thread() -> None:
+    """A library that was imported earlier (a pytest plugin) may have sized the thread pool already."""
+    import sys
+
+    torch: Any = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(1)
