@@ -4,7 +4,7 @@ PYTHON ?= python3.11
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.neo_ray-installed
 
-.PHONY: test check unit test-all clean
+.PHONY: quickstart test check unit test-all clean
 .DEFAULT_GOAL := test
 
 # torch first: its pin takes the CPU build on a machine that has one, the CUDA build elsewhere
@@ -13,6 +13,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
+
+quickstart: $(STAMP)
+	$(PY) -m neo_ray.sweep sweeps/quickstart.yaml
 
 check: $(STAMP)
 	$(VENV)/bin/ruff check .

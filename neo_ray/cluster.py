@@ -80,10 +80,12 @@ def concurrency(resources: ResourcesConfig, capacity: Capacity) -> int:
 
 def _check_state_api() -> None:
     """Without it a worker group that dies with its controller is never freed, and the sweep hangs."""
+    import ray
     from ray.util.state import list_actors
 
     try:
-        list_actors(limit=1, timeout=30)
+        # by address: other clusters may run on this machine
+        list_actors(address=ray.get_runtime_context().gcs_address, limit=1, timeout=30)
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise ConfigError(

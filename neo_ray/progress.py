@@ -38,7 +38,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """An event worth a line."""
-        self.console.print(text, markup=False, highlight=False)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def update(self, record: TrialRecord, event: str) -> None:
         """A trial started, reported or ended."""

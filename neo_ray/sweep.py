@@ -45,7 +45,7 @@ def run(config: SweepConfig, space: Space, fresh: bool = False) -> int:
     console = Console(width=None if sys.stdout.isatty() else 140)
 
     def announce(text: str) -> None:
-        console.print(text, markup=False, highlight=False)
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     _check_same_sweep(config, fresh)
     _check_writable(config)

@@ -1,0 +1,43 @@
+"""The journal: append-only, torn lines, and the records it folds to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from neo_ray.records import Journal, fold, load_records, write_records
+
+
+@pytest.mark.parametrize("kind", ["local", "object store"])
+def test_events_fold_to_records(kind: str, tmp_path: Path) -> None:
+    journal = Journal(tmp_path if kind == "local" else f"memory://{tmp_path.name}")
+    journal.write("start", "0001", params={"rank": 4}, seed=3)
+    journal.write("report", "0001", row={"rung": 1, "step": 5, "tokens": 100, "select_ce": 4.0})
+    journal.write("report", "0001", row={"rung": 1, "step": 5, "tokens": 100, "select_ce": 9.0})
+    journal.write("attempt", "0001")
+    journal.write("end", "0001", state="FAILED", cause="diverged", metrics={"report_ce": float("nan")})
+    (record,) = fold(journal.events())
+    assert (record.state, record.cause, record.attempts, record.seed, record.tokens) == ("FAILED", "diverged", 2, 3, 100)
+    assert record.metrics == {"select_ce": 4.0, "report_ce": None}, "the first report of a rung counts; NaN is no number"
+
+
+def test_a_torn_line_costs_nothing_but_itself(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.write("start", "0001", params={})
+    with open(tmp_path / "journal.jsonl", "a") as file:
+        file.write('{"event": "report", "trial": "0001", "row": {"ru')
+    journal.write("end", "0001", state="COMPLETE")
+    (record,) = fold(journal.events())
+    assert record.state == "COMPLETE"
+
+
+def test_records_alone_can_be_read_back(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "whole")
+    journal.write("start", "0001", params={"rank": 4})
+    records = fold(journal.events())
+    write_records(tmp_path, records)
+    (tmp_path / "trials.jsonl").open("a").write("garbage\n")
+    assert load_records(tmp_path) == records
+    with pytest.raises(ValueError, match="no such file"):
+        load_records(tmp_path / "nothing")
