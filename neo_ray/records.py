@@ -106,27 +106,34 @@ def fold(events: Iterable[dict[str, Any]]) -> list[TrialRecord]:
     """
     records: dict[str, TrialRecord] = {}
     for event in events:
-        kind, trial = event["event"], event["trial"]
-        if kind == "start":
-            fields = {k: event[k] for k in ("params", "config", "phase", "seed", "scaling") if k in event}
-            records[trial] = TrialRecord(id=trial, started=event["time"], **fields)
-            continue
-        record = records.get(trial)
-        if record is None:
-            continue
-        if kind == "report":
-            _add_row(record, event["row"])
-        elif kind == "attempt":
-            record.attempts += 1
-        elif kind == "end":
-            record.state, record.cause, record.error = event["state"], event.get("cause"), event.get("error")
-            record.ended = event["time"]
-            record.metrics.update(event.get("metrics") or {})
-            record.details.update(event.get("details") or {})
-            for name in ("tokens", "steps", "seconds", "accelerator_seconds", "peak_memory_bytes"):
-                if event.get(name) is not None:
-                    setattr(record, name, max(getattr(record, name), event[name]))
+        try:
+            _apply(records, event)
+        except (KeyError, TypeError, ValueError):
+            continue  # a line from elsewhere hides no trial
     return list(records.values())
+
+
+def _apply(records: dict[str, TrialRecord], event: dict[str, Any]) -> None:
+    kind, trial = event["event"], event["trial"]
+    if kind == "start":
+        fields = {k: event[k] for k in ("params", "config", "phase", "seed", "scaling") if k in event}
+        records[trial] = TrialRecord(id=trial, started=event["time"], **fields)
+        return
+    record = records.get(trial)
+    if record is None:
+        return
+    if kind == "report":
+        _add_row(record, event["row"])
+    elif kind == "attempt":
+        record.attempts += 1
+    elif kind == "end":
+        record.state, record.cause, record.error = event["state"], event.get("cause"), event.get("error")
+        record.ended = event["time"]
+        record.metrics.update(event.get("metrics") or {})
+        record.details.update(event.get("details") or {})
+        for name in ("tokens", "steps", "seconds", "accelerator_seconds", "peak_memory_bytes"):
+            if event.get(name) is not None:
+                setattr(record, name, max(getattr(record, name), event[name]))
 
 
 def load_records(path: str | Path) -> list[TrialRecord]:

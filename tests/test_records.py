@@ -27,6 +27,8 @@ def test_a_torn_line_costs_nothing_but_itself(tmp_path: Path) -> None:
     journal.write("start", "0001", params={})
     with open(tmp_path / "journal.jsonl", "a") as file:
         file.write('{"event": "report", "trial": "0001", "row": {"ru')
+    journal.write("report", "0001", row="of another kind")
+    journal.write("start", "0002", params=7)
     journal.write("end", "0001", state="COMPLETE")
     (record,) = fold(journal.events())
     assert record.state == "COMPLETE"

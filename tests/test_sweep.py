@@ -1,0 +1,172 @@
+"""The door: real sweeps of the tiny world on a local Ray with DeepSpeed, each in its own process; and every refusal."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import psutil
+import pytest
+import yaml
+from tiny import World
+
+from neo_ray.config import load, validate
+from neo_ray.records import load_records
+from neo_ray.sweep import main
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def sweep_file(world: World, folder: Path, **changes: object) -> Path:
+    sweep = {
+        "name": "tiny",
+        "teacher": {"model": str(world.teacher)},
+        "student": {"model": str(world.student)},
+        "data": {"source": str(world.data), "max_length": 48, "select_fraction": 0.2, "report_fraction": 0.2},
+        "training": {"steps": 8, "batch_size": 4, "micro_batch_size": 2, "dtype": "fp32", "learning_rate": "1e-2"},
+        "deepspeed": {"zero_stage": 0},
+        "search": {"rank": {"choice": [2, 4]}, "alpha": {"of": "rank", "times": 2}, "kd_ratio": {"choice": [0.0, 0.5]}},
+        "sampler": {"name": "tpe", "num_trials": 2},
+        "resources": {"concurrency": 2},
+        "storage": {"path": str(folder / "results"), "cache": str(folder / "cache")},
+        **changes,
+    }
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump(sweep))
+    return path
+
+
+def start(path: Path, *overrides: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "HOME": str(path.parent), "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
+    command = [sys.executable, "-m", "neo_ray.sweep", str(path), *overrides]
+    return subprocess.Popen(
+        command,
+        env=environment,
+        cwd=path.parent,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    text, _ = process.communicate(timeout=240)
+    return text
+
+
+def test_a_sweep_runs_and_is_extended_and_leaves_its_contract(tiny_world: World, tmp_path: Path) -> None:
+    path = sweep_file(tiny_world, tmp_path)
+    process = start(path)
+    text = finish(process)
+    assert process.returncode == 0, text
+    folder = tmp_path / "results" / "tiny"
+    for name in ("sweep.yaml", "environment.json", "trials.jsonl", "study.db", "guidelines.json", "report.md", "best.yaml"):
+        assert (folder / name).exists(), name
+    records = load_records(folder)
+    assert len(records) == 2 and all(r.finished and r.curve for r in records)
+    complete = [r for r in records if r.state == "COMPLETE"]
+    assert complete and all(r.metrics["report_ce"] and r.scaling == 2 for r in complete)
+    assert validate(yaml.safe_load((folder / "sweep.yaml").read_text())) == load(path)
+    assert load(folder / "best.yaml").search == {}
+    assert "Traceback" not in text and "Guidelines" in text
+    first = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+
+    process = start(path, "sampler.num_trials=3")
+    text = finish(process)
+    assert process.returncode == 0, text
+    assert [r.id for r in load_records(folder)] == ["0000", "0001", "0002"]
+    later = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+    assert later[: len(first)] == first, "finished trials are not run again"
+    study = optuna.load_study(study_name="tiny", storage=f"sqlite:///{folder / 'study.db'}")
+    assert {t.user_attrs["trial"] for t in study.trials} == {"0000", "0001", "0002"}
+    assert not (folder / "lease.json").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_from_its_checkpoints(tiny_world: World, tmp_path: Path) -> None:
+    settings = {
+        "training": {"steps": 120, "batch_size": 4, "micro_batch_size": 2, "dtype": "fp32"},
+        "scheduler": {"name": "none"},
+    }
+    path = sweep_file(tiny_world, tmp_path, **settings)
+    process = start(path)
+    journal = tmp_path / "results" / "tiny" / "journal.jsonl"
+    deadline = time.monotonic() + 150
+    while not (journal.exists() and '"rung": 1' in journal.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline, finish(process)
+        time.sleep(0.2)
+    children = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGKILL)
+    for child in children:
+        if child.is_running():
+            child.kill()
+    process.wait()
+    psutil.wait_procs(children, timeout=20)
+    before = journal.read_text()
+
+    process = start(path)
+    text = finish(process)
+    assert process.returncode == 0, text
+    assert journal.read_text().startswith(before)
+    records = load_records(journal.parent)
+    assert [r.state for r in records] == ["COMPLETE", "COMPLETE"]
+    assert max(r.details["resumed_from_step"] for r in records) > 0
+    assert all([row["rung"] for row in r.curve] == [1, 2, 3, 4] for r in records)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("training.learning_rat=1", "did you mean `learning_rate`?"),
+        ("training.learning_rate=fast", "training.learning_rate"),
+        ("search={rnak: {choice: [1]}}", "did you mean `rank`?"),
+        ("search={rank: {choice: []}}", "is empty"),
+        ("search={learning_rate: {uniform: [2, 1]}}", "low"),
+        ("lora.rank=0", "lora.rank"),
+        ("distill.kd_ratio=1.5", "distill.kd_ratio"),
+        ("data.source=nowhere.jsonl", "data.source"),
+        ("resources.gpus_per_worker=1", "no GPU"),
+        ("student.model=/nowhere/model", "student.model"),
+        ("storage.path=/dev/null/results", "storage.path"),
+    ],
+)
+def test_a_mistake_is_one_line_with_its_path_and_writes_nothing(
+    tiny_world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, words: str
+) -> None:
+    path = sweep_file(tiny_world, tmp_path)
+    assert main([str(path), override]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and words in error and "\n" not in error
+    assert not (tmp_path / "results").exists()
+
+
+def test_another_vocabulary_is_refused(tiny_world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import shutil
+
+    other = tmp_path / "other"
+    shutil.copytree(tiny_world.teacher, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = (next(token for token, number in vocabulary.items() if number == n) for n in (300, 301))
+    vocabulary[first], vocabulary[second] = 301, 300
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert main([str(sweep_file(tiny_world, tmp_path, teacher={"model": str(other)}))]) == 2
+    assert "300" in capsys.readouterr().err
+
+
+def test_a_dry_run_imports_neither_torch_nor_ray(tiny_world: World, tmp_path: Path) -> None:
+    code = (
+        "import sys; from neo_ray.sweep import main; code = main(sys.argv[1:]); "
+        "bad = {'torch', 'ray', 'transformers'} & set(sys.modules); sys.exit(f'imported {bad}' if bad else code)"
+    )
+    command = [sys.executable, "-c", code, str(sweep_file(tiny_world, tmp_path)), "--dry-run"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "rank" in done.stdout
