@@ -40,18 +40,18 @@ NODE_KEYS: dict[str, Any] = {
         "DeviceName": None,
         "VirtualName": None,
         "Ebs": dict.fromkeys(
-            "VolumeSize VolumeType Iops Throughput Encrypted KmsKeyId SnapshotId DeleteOnTermination".split(), None
+            ["VolumeSize", "VolumeType", "Iops", "Throughput", "Encrypted", "KmsKeyId", "SnapshotId", "DeleteOnTermination"], None
         ),
     },
     "IamInstanceProfile": {"Arn": None, "Name": None},
     "ImageId": None,
     "InstanceMarketOptions": {
         "MarketType": None,
-        "SpotOptions": dict.fromkeys("MaxPrice SpotInstanceType ValidUntil InstanceInterruptionBehavior".split(), None),
+        "SpotOptions": dict.fromkeys(["MaxPrice", "SpotInstanceType", "ValidUntil", "InstanceInterruptionBehavior"], None),
     },
     "InstanceType": None,
     "KeyName": None,
-    "MetadataOptions": dict.fromkeys("HttpTokens HttpEndpoint HttpPutResponseHopLimit InstanceMetadataTags".split(), None),
+    "MetadataOptions": dict.fromkeys(["HttpTokens", "HttpEndpoint", "HttpPutResponseHopLimit", "InstanceMetadataTags"], None),
     "Placement": {"AvailabilityZone": None, "GroupName": None, "Tenancy": None},
     "SecurityGroupIds": None,
     "SubnetIds": None,
