@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from neo_ray.config import ConfigError, LoraConfig, TrialConfig, guess
+from neo_ray.config import ConfigError, LoraConfig, TrialConfig
+from neo_ray.mistakes import guess
 from neo_ray.records import write_atomically
 
 

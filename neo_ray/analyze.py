@@ -10,7 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neo_ray.config import ConfigError, SweepConfig, load
+from neo_ray.config import ConfigError, SweepConfig
+from neo_ray.loading import load
 from neo_ray.records import Journal, TrialRecord, load_records, write_atomically, write_records
 
 if TYPE_CHECKING:

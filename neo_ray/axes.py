@@ -10,7 +10,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
 
-from neo_ray.config import Axis, ConfigError, TrialConfig, guess, reason, trial_leaves
+from neo_ray.config import Axis, ConfigError, TrialConfig, trial_leaves
+from neo_ray.mistakes import guess, reason
 
 RANGES = ("uniform", "log_uniform", "int_uniform", "quantised")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from neo_ray.assets import is_quickstart
 from neo_ray.config import SweepConfig
 from neo_ray.space import Space
 
@@ -92,7 +93,7 @@ def _training(config: SweepConfig, space: Space) -> Iterator[str]:
 
 def _data(config: SweepConfig, space: Space) -> Iterator[str]:
     data = config.data
-    if _exists(data.source) or data.source.startswith("quickstart:"):
+    if _exists(data.source) or is_quickstart(data.source):
         for key in sorted({"subset", "split"} & data.model_fields_set):
             yield f"data.{key} is ignored: {data.source} is not a hub data set"
     models = {"teacher.model": config.teacher.model if config.teacher else "", "student.model": config.student.model or ""}

@@ -1,18 +1,14 @@
-"""What does a sweep file say? One typed, frozen tree, loaded from YAML and `key=value` overrides.
+"""What does a sweep file say? One typed, frozen tree.
 
 Neither torch nor ray is imported here, so that every mistake in a file is reported in a fraction of a second.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
-import re
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 Method = Literal["sft", "lora", "kd", "neo"]
 
@@ -397,147 +393,3 @@ def trial_leaves() -> dict[str, str]:
         else:
             leaves[name] = name
     return leaves
-
-
-def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> SweepConfig:
-    """Read a sweep file and apply `key=value` overrides (YAML values, dotted keys).
-
-    Raises:
-        ConfigError: one line that names the path, the value, what is allowed, and a guess.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    raw = _parse_yaml(text, str(path))
-    if not isinstance(raw, dict):
-        found = "nothing" if raw is None else f"a {type(raw).__name__}"
-        raise ConfigError(f"{path}: a sweep file is a mapping of sections, and this one holds {found}")
-    for override in overrides:
-        _apply_override(raw, override)
-    return validate(raw)
-
-
-def validate(raw: dict[str, Any]) -> SweepConfig:
-    """A sweep from plain data (as read back from a results folder). Raises ConfigError."""
-    try:
-        return SweepConfig.model_validate(raw)
-    except ValidationError as error:
-        raise ConfigError(explain(error, SweepConfig)) from None
-
-
-def dump(config: BaseModel) -> str:
-    """The resolved config as YAML that loads back to the same tree."""
-    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
-
-
-def plain(config: BaseModel) -> dict[str, Any]:
-    """Plain data (JSON types) of a config. An axis keeps only what was set: an unset kind is not an empty one."""
-    data = json.loads(config.model_dump_json())
-    if isinstance(config, SweepConfig):
-        data["search"] = {k: json.loads(a.model_dump_json(exclude_unset=True)) for k, a in config.search.items()}
-    return data
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key written twice (PyYAML silently keeps the last) and reads 1e-4 as a number."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
-            if key_node.value in seen and key_node.tag != "tag:yaml.org,2002:merge":
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key `{key_node.value}` stands twice", key_node.start_mark
-                )
-            seen.add(str(key_node.value))
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.2 numbers; PyYAML keeps to 1.1, where a mantissa without a point makes a string.
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def _apply_override(raw: dict[str, Any], override: str) -> None:
-    key, sign, text = override.partition("=")
-    if not sign or not key.strip():
-        raise ConfigError(f"override `{override}`: write key=value, e.g. training.learning_rate=1e-4")
-    node, parts = raw, key.strip().split(".")
-    if parts[0] == "search":  # axis names may hold dots themselves
-        parts = ["search", ".".join(parts[1:])] if len(parts) > 1 else parts
-    for part in parts[:-1]:
-        if node.get(part) is None:
-            node[part] = {}
-        if not isinstance(node[part], dict):
-            raise ConfigError(f"override `{override}`: `{part}` is a value, not a section")
-        node = node[part]
-    value = _parse_yaml(text, f"override `{override}`")
-    if value is None and parts[0] in ("search", "student", "teacher"):
-        node.pop(parts[-1], None)  # null takes an axis or a source away
-    else:
-        node[parts[-1]] = value
-
-
-def explain(error: ValidationError, root: type[BaseModel]) -> str:
-    """The first mistakes of a pydantic report, one line each, in the file's own words."""
-    lines = []
-    for item in error.errors()[:5]:
-        path = [str(p) for p in item["loc"] if not (isinstance(p, str) and ("[" in p or p in ("int", "str", "constrained-int")))]
-        where, kind = ".".join(path), item["type"]
-        if kind == "extra_forbidden":
-            known = _fields_at(root, path[:-1])
-            lines.append(f"{where}: unknown key{guess(path[-1], known)}; allowed: {', '.join(known)}")
-        elif kind == "missing":
-            lines.append(f"{where}: is required")
-        else:
-            lines.append(f"{where}: {reason(item)}" if path else reason(item))  # a message about several sections names them
-    return "; ".join(dict.fromkeys(lines))
-
-
-_IN_THE_FILES_WORDS = {
-    "model_type": "must be a mapping of keys",
-    "dict_type": "must be a mapping of keys",
-    "tuple_type": "must be a list",
-    "string_type": "must be text",
-}
-
-
-def reason(item: Any) -> str:
-    """What is wrong with one value, from an item of a pydantic report: message, value and a guess."""
-    value, known = item["input"], item.get("ctx", {}).get("expected")
-    message = _IN_THE_FILES_WORDS.get(item["type"], item["msg"].removeprefix("Value error, "))
-    if item["type"] == "string_type" and isinstance(value, (int, float)):
-        message += "; put a number in quotes"
-    shown = "" if isinstance(value, (dict, BaseModel)) else f" (got {value!r})"
-    return f"{message}{shown}{guess(value, known)}"
-
-
-def _fields_at(root: type[BaseModel], path: list[str]) -> list[str]:
-    node: Any = root
-    for part in path:
-        if not (isinstance(node, type) and issubclass(node, BaseModel)):
-            return []
-        annotation = node.model_fields[part].annotation if part in node.model_fields else Axis
-        options = get_args(annotation) if get_origin(annotation) in (Union, type(int | str), dict) else (annotation,)
-        node = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), Axis)
-    return list(node.model_fields)
-
-
-def guess(word: Any, known: Any) -> str:
-    """` (did you mean `x`?)`, or nothing."""
-    if isinstance(known, str):
-        known = [k.strip(" '") for k in known.replace(" or ", ",").split(",")]
-    close = difflib.get_close_matches(str(word), [str(k) for k in known or []], n=1, cutoff=0.6)
-    return f" (did you mean `{close[0]}`?)" if close else ""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from neo_ray.assets import SMOLLM2_CONFIG, is_quickstart
 from neo_ray.config import LoraConfig, SweepConfig, TrialConfig
 
 FP32, BF16 = 4, 2
@@ -118,9 +119,7 @@ KNOWN_SHAPES = {
 
 def shape_of(model: str, revision: str | None = None) -> ModelShape | None:
     """The shape of a local folder, a model in the Hugging Face cache, or one whose name tells its size. No network."""
-    if model.startswith("quickstart:"):
-        from neo_ray.quickstart import SMOLLM2_CONFIG  # its one model
-
+    if is_quickstart(model):
         return shape_from_config(SMOLLM2_CONFIG)
     for folder in (Path(model).expanduser(), cached_snapshot(model, revision)):
         try:

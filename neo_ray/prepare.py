@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from neo_ray import quickstart
+from neo_ray.assets import is_quickstart
 from neo_ray.config import SweepConfig
 from neo_ray.parts import Sources
 
@@ -22,7 +23,7 @@ def prepare(config: SweepConfig, announce: Announce) -> Sources:
     from neo_ray import data, models
 
     def local(name: str) -> str:
-        return quickstart.fetch(name, config.cache, announce) if quickstart.is_quickstart(name) else name
+        return quickstart.fetch(name, config.cache, announce) if is_quickstart(name) else name
 
     teacher, student = config.teacher, config.student
     teacher_source = local(teacher.model) if teacher is not None else None

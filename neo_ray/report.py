@@ -9,9 +9,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neo_ray.config import SweepConfig, dump, plain, validate
+from neo_ray.config import SweepConfig
 from neo_ray.evidence import Evidence, number
 from neo_ray.guidelines import Guideline, unit_of
+from neo_ray.loading import dump, plain, validate
 from neo_ray.records import TrialRecord
 from neo_ray.space import build_space
 from neo_ray.statistics import Cell, Matrix

@@ -15,7 +15,8 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from neo_ray.config import SweepConfig, plain
+from neo_ray.config import SweepConfig
+from neo_ray.loading import plain
 from neo_ray.records import TrialRecord
 from neo_ray.space import Space
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from neo_ray.config import ConfigError, DataConfig, guess
+from neo_ray.config import ConfigError, DataConfig
+from neo_ray.mistakes import guess
 
 Kind = Literal["chat", "instruction", "text"]
 Row = tuple[str, dict[str, Any]]

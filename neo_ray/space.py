@@ -13,7 +13,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from neo_ray.axes import SpaceAxis, as_leaf, check_axis, leaf_value, number_type, short_name, show
-from neo_ray.config import ConfigError, SweepConfig, TrialConfig, explain, guess, plain, trial_leaves
+from neo_ray.config import ConfigError, SweepConfig, TrialConfig, trial_leaves
+from neo_ray.loading import plain
+from neo_ray.mistakes import explain, guess
 
 DEFAULT_TRIALS = 16
 LENGTHS = ("epochs", "tokens", "steps")

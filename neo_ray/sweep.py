@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from neo_ray import config as configuration
+from neo_ray import loading
 from neo_ray.config import ConfigError, SweepConfig
 from neo_ray.plan import make_plan, render
 from neo_ray.space import Space, build_space, differences
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--fresh", action="store_true", help="put an earlier sweep of this name aside and begin anew")
     asked = parser.parse_args(argv)
     try:
-        config = configuration.load(asked.file, asked.overrides)
+        config = loading.load(asked.file, asked.overrides)
         if asked.dry_run:
             print(render(make_plan(config)))
             return 0
@@ -122,12 +122,10 @@ def _report(folder: Path, console: Any) -> None:
 
 def _check_same_sweep(config: SweepConfig, fresh: bool) -> None:
     """A results folder belongs to one meaning of a trial; more trials or other resources extend it."""
-    import yaml
-
     path = config.folder / "sweep.yaml"
     if fresh or not path.exists():
         return
-    old = configuration.validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    old = loading.load(path)
     changed = differences(old, config)
     if changed:
         raise ConfigError(
@@ -168,7 +166,7 @@ def _write_contract(config: SweepConfig) -> None:
     from neo_ray.environment import environment
     from neo_ray.records import write_atomically
 
-    write_atomically(config.folder / "sweep.yaml", configuration.dump(config))
+    write_atomically(config.folder / "sweep.yaml", loading.dump(config))
     write_atomically(config.folder / "environment.json", json.dumps(environment(), indent=2))
 
 

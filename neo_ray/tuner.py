@@ -15,7 +15,8 @@ from ray import tune
 from neo_ray.adapters import scaling
 from neo_ray.board import Board
 from neo_ray.cluster import HEAD
-from neo_ray.config import SweepConfig, TrialConfig, plain
+from neo_ray.config import SweepConfig, TrialConfig
+from neo_ray.loading import plain
 from neo_ray.parts import Sources
 from neo_ray.progress import Progress
 from neo_ray.records import Journal, TrialRecord, fold, write_records

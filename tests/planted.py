@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from neo_ray.config import SweepConfig, TrialConfig, plain, validate
+from neo_ray.config import SweepConfig, TrialConfig
+from neo_ray.loading import plain, validate
 from neo_ray.records import TrialRecord
 
 UNTRAINED = {"select_ce": 5.18, "select_kl": 1.26}

@@ -17,7 +17,7 @@ import jsonschema
 import pytest
 import yaml
 
-from neo_ray.config import load
+from neo_ray.loading import load
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "cluster.yaml").read_text(encoding="utf-8")

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from neo_ray.config import ConfigError, SweepConfig, TrialConfig, dump, load, plain, trial_leaves, validate
+from neo_ray.config import ConfigError, SweepConfig, TrialConfig, trial_leaves
+from neo_ray.loading import dump, load, plain, validate
 
 BASE = """
 name: demo

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 from tiny import World, make_llama
 
-from neo_ray.config import ConfigError, LoraConfig, SweepConfig, load, validate
+from neo_ray.config import ConfigError, LoraConfig, SweepConfig
+from neo_ray.loading import load, validate
 from neo_ray.memory import activation_bytes, adapter_parameters, memory_per_worker, shape_of
 from neo_ray.plan import TrainSplit, make_plan, render, tokens_per_trial
 
@@ -354,7 +355,7 @@ def test_a_plan_is_plain_data() -> None:
 def test_a_plan_is_quick_and_light(tmp_path: Path) -> None:
     (tmp_path / "sweep.yaml").write_text(json.dumps(json.loads(sweep().model_dump_json(exclude={"search"}))))
     code = (
-        "import sys; from neo_ray.config import load; from neo_ray.plan import make_plan, render;"
+        "import sys; from neo_ray.loading import load; from neo_ray.plan import make_plan, render;"
         f"print(render(make_plan(load({str(tmp_path / 'sweep.yaml')!r}))));"
         "print([m for m in ('torch', 'ray', 'transformers', 'datasets', 'optuna', 'pandas', 'numpy') if m in sys.modules])"
     )

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from neo_ray.assets import ASSETS, SMOLLM2_CONFIG, Asset, Wheel, is_quickstart
 from neo_ray.config import ConfigError
-from neo_ray.quickstart import ASSETS, SMOLLM2_CONFIG, Asset, Wheel, fetch, is_quickstart, made_once
+from neo_ray.quickstart import fetch, made_once
 
 MEMBER = "evals/registry/data/passages.jsonl"
 PASSAGES = [{"0": " One – two.\n", "1": "two One"}, {"0": "Three.", "1": "x"}, {"0": "Three.", "1": "y"}]
@@ -101,7 +102,10 @@ def test_every_asset_is_pinned_and_has_a_quickstart_name() -> None:
 
 
 def test_the_shape_is_known_without_torch() -> None:
-    code = "import sys, neo_ray.quickstart as q; assert not {'torch', 'transformers'} & set(sys.modules); print(q.SMOLLM2_CONFIG)"
+    code = (
+        "import sys, neo_ray.assets, neo_ray.quickstart as q; "
+        "assert not {'torch', 'transformers'} & set(sys.modules); print(q.SMOLLM2_CONFIG)"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == str(
         SMOLLM2_CONFIG
     )

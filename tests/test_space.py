@@ -9,7 +9,8 @@ from typing import Any
 import optuna
 import pytest
 
-from neo_ray.config import ConfigError, SweepConfig, validate
+from neo_ray.config import ConfigError, SweepConfig
+from neo_ray.loading import validate
 from neo_ray.space import Space, build_space, differences, grid_settings, identity, trials_planned
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from tiny import World
 
-from neo_ray.config import load, validate
+from neo_ray.loading import load, validate
 from neo_ray.records import load_records
 from neo_ray.sweep import main
 
