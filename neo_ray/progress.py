@@ -19,8 +19,8 @@ BAR = 24
 class Progress:
     """Counts trials by state; safe to call from several threads."""
 
-    def __init__(self, config: SweepConfig, console: Console, planned: int, records: list[TrialRecord], slots: int) -> None:
-        self.config, self.console, self.planned, self.slots = config, console, planned, slots
+    def __init__(self, config: SweepConfig, console: Console, planned: int, records: list[TrialRecord]) -> None:
+        self.config, self.console, self.planned = config, console, planned
         self.records = {record.id: record for record in records}
         self.began = time.monotonic()
         self.done_before = sum(r.finished for r in records)

@@ -75,15 +75,17 @@ class Journal:
         self._append = "file" in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,))
         self._count = 0
 
-    def write(self, event: str, trial: str, **fields: Any) -> None:
-        """Append one event; on disk (fsync) when it returns."""
-        line = json.dumps({"event": event, "trial": trial, "time": time.time(), **_finite(fields)}) + "\n"
+    def write(self, event: str, trial: str, **fields: Any) -> dict[str, Any]:
+        """Append one event; on disk (fsync) when it returns. Returns the event as readers will find it."""
+        written = {"event": event, "trial": trial, "time": time.time(), **_finite(fields)}
+        line = json.dumps(written) + "\n"
         if self._append:
             _append_line(Path(self.root) / "journal.jsonl", line)
         else:
             self._count += 1
             name = f"{time.time_ns():020d}-{self._count:06d}-{uuid.uuid4().hex[:6]}.json"
             self.fs.pipe_file(f"{self.root}/journal/{name}", line.encode())
+        return written
 
     def events(self) -> Iterator[dict[str, Any]]:
         """All events in the order of writing. A line torn by a crash is passed over; the next append starts a new one."""
@@ -107,13 +109,14 @@ def fold(events: Iterable[dict[str, Any]]) -> list[TrialRecord]:
     records: dict[str, TrialRecord] = {}
     for event in events:
         try:
-            _apply(records, event)
+            apply(records, event)
         except (KeyError, TypeError, ValueError):
             continue  # a line from elsewhere hides no trial
     return list(records.values())
 
 
-def _apply(records: dict[str, TrialRecord], event: dict[str, Any]) -> None:
+def apply(records: dict[str, TrialRecord], event: dict[str, Any]) -> None:
+    """Take one event into the records by id; raises where it is none of ours."""
     kind, trial = event["event"], event["trial"]
     if kind == "start":
         fields = {k: event[k] for k in ("params", "config", "phase", "seed", "scaling") if k in event}

@@ -18,10 +18,7 @@ from ray.tune.search.optuna import OptunaSearch
 from neo_ray.config import SweepConfig
 from neo_ray.loading import plain
 from neo_ray.records import TrialRecord
-from neo_ray.space import Space
-
-Setting = tuple[str, dict[str, Any], int]
-"""Trial id, params, seed."""
+from neo_ray.space import Setting, Space
 
 
 class StudySearch(OptunaSearch):

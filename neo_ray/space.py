@@ -16,6 +16,7 @@ from neo_ray.axes import SpaceAxis, as_leaf, check_axis, leaf_value, number_type
 from neo_ray.config import ConfigError, SweepConfig, TrialConfig, trial_leaves
 from neo_ray.loading import plain
 from neo_ray.mistakes import explain, guess
+from neo_ray.records import TrialRecord
 
 DEFAULT_TRIALS = 16
 LENGTHS = ("epochs", "tokens", "steps")
@@ -241,6 +242,30 @@ def grid_settings(config: SweepConfig, space: Space) -> list[tuple[dict[str, Any
     seeds = config.sampler.seeds or (config.seed,)
     settings = [(params, params.get("seed", seed)) for seed in seeds for params in space.grid()]
     return settings[: config.sampler.num_trials]
+
+
+Setting = tuple[str, dict[str, Any], int]
+"""Trial id, params, seed."""
+
+
+def settings_to_run(config: SweepConfig, space: Space, records: list[TrialRecord]) -> tuple[list[Setting], int]:
+    """Settings that are given rather than proposed (interrupted trials first, then a grid's rest), and how many trials remain."""
+    planned = trials_planned(config, space)
+    interrupted = [(r.id, r.params, r.seed) for r in records if not r.finished]
+    if config.sampler.name != "grid":
+        return interrupted, max(len(interrupted), planned - sum(r.finished for r in records))
+    known = {_key(r.params, r.seed) for r in records}
+    fresh = [(p, s) for p, s in grid_settings(config, space)[:planned] if _key(p, s) not in known]
+    numbered = [(trial_id(len(records) + i), p, s) for i, (p, s) in enumerate(fresh)]
+    return interrupted + numbered, len(interrupted) + len(numbered)
+
+
+def trial_id(number: int) -> str:
+    return f"{number:04d}"
+
+
+def _key(params: dict[str, Any], seed: int) -> str:
+    return repr((sorted(params.items(), key=lambda item: item[0]), seed))
 
 
 def identity(config: SweepConfig) -> dict[str, Any]:

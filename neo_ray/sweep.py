@@ -67,12 +67,11 @@ def run(config: SweepConfig, space: Space, fresh: bool = False) -> int:
 
 def _run_on_ray(config: SweepConfig, space: Space, sources: Any, console: Any, announce: Any) -> int:
     from neo_ray.records import Journal, fold, write_records
-    from neo_ray.space import trials_planned
+    from neo_ray.space import settings_to_run, trials_planned
 
     records = fold(Journal(config.folder).events())
     planned = trials_planned(config, space)
-    left = planned - sum(record.finished for record in records)
-    if left <= 0 and all(record.finished for record in records):
+    if not settings_to_run(config, space, records)[1]:
         announce(f"all {planned} trials have run; nothing is left to do (more: sampler.num_trials=…)")
         return 0
     import ray
@@ -90,8 +89,8 @@ def _run_on_ray(config: SweepConfig, space: Space, sources: Any, console: Any, a
         _write_contract(config)
         sources = make_student(config, sources, announce)
         announce("starting workers (they load the models once, for all trials)")
-        with Progress(config, console, planned, records, slots) as progress:
-            run_trials(config, space, sources, slots, progress)
+        with Progress(config, console, planned, records) as progress:
+            run_trials(config, space, sources, records, slots, progress)
         return 0
     except KeyboardInterrupt:
         announce("interrupted; the same command goes on from here")

@@ -19,34 +19,36 @@ from neo_ray.config import SweepConfig, TrialConfig
 from neo_ray.loading import plain
 from neo_ray.parts import Sources
 from neo_ray.progress import Progress
-from neo_ray.records import Journal, TrialRecord, fold, write_records
-from neo_ray.searcher import Asha, Setting, StudySearch, open_study
+from neo_ray.records import Journal, TrialRecord, apply, write_records
+from neo_ray.searcher import Asha, StudySearch, open_study
 from neo_ray.slot import NAMESPACE, SlotJob, SlotRunner
-from neo_ray.space import Space, grid_settings, trials_planned
+from neo_ray.space import Setting, Space, settings_to_run, trial_id
 
 
 class SweepFailed(RuntimeError):
     """No slot can be kept alive: the reason is the last worker's."""
 
 
-def run_trials(config: SweepConfig, space: Space, sources: Sources, slots: int, progress: Progress) -> None:
+def run_trials(
+    config: SweepConfig, space: Space, sources: Sources, records: list[TrialRecord], slots: int, progress: Progress
+) -> None:
     """Run what is still to be run of a sweep. Returns when all trials have ended; the journal holds what happened.
+
+    Args:
+        records: what the journal holds so far.
 
     Raises:
         SweepFailed: workers die at once, again and again.
         KeyboardInterrupt: as pressed; what ran is in the journal and in checkpoints.
     """
-    records = fold(Journal(config.folder).events())
     given, remaining = settings_to_run(config, space, records)
-    if not remaining:
-        return
     name = f"board-{uuid.uuid4().hex[:8]}"
     board: Any = (
         ray.remote(Board)
         .options(name=name, namespace=NAMESPACE, num_cpus=0, resources=HEAD, max_concurrency=1000)
         .remote(config.resources.max_failures)
     )
-    recorder = _Recorder(config, space, board, progress)
+    recorder = _Recorder(config, space, records, board, progress)
     runners = [
         SlotRunner(SlotJob(slot, name, sources, str(config.folder.resolve())), config.resources, board, progress.say)
         for slot in range(min(slots, remaining))
@@ -74,26 +76,6 @@ def run_trials(config: SweepConfig, space: Space, sources: Sources, slots: int, 
         raise SweepFailed(recorder.failed)
 
 
-def settings_to_run(config: SweepConfig, space: Space, records: list[TrialRecord]) -> tuple[list[Setting], int]:
-    """Settings that are given rather than proposed (interrupted trials first, then a grid's rest), and how many trials remain."""
-    planned = trials_planned(config, space)
-    interrupted = [(r.id, r.params, r.seed) for r in records if not r.finished]
-    if config.sampler.name == "grid":
-        known = {(_key(r.params), r.seed) for r in records}
-        fresh = [(p, s) for p, s in grid_settings(config, space)[:planned] if (_key(p), s) not in known]
-        numbered = [(trial_id(len(records) + i), p, s) for i, (p, s) in enumerate(fresh)]
-        return interrupted + numbered, len(interrupted) + len(numbered)
-    return interrupted, max(len(interrupted), planned - sum(r.finished for r in records))
-
-
-def trial_id(number: int) -> str:
-    return f"{number:04d}"
-
-
-def _key(params: dict[str, Any]) -> str:
-    return repr(sorted(params.items(), key=lambda item: item[0]))
-
-
 def _fit(
     config: SweepConfig,
     space: Space,
@@ -111,7 +93,6 @@ def _fit(
     if config.scheduler.name == "asha":
         scheduler = Asha(config)
         scheduler.replay(records)
-    Relay.board_name = board
     tuner = tune.Tuner(
         tune.with_resources(Relay, HEAD),
         param_space={"board": board},
@@ -137,8 +118,6 @@ def _fit(
 
 class Relay(tune.Trainable):
     """A Tune trial: hands its config to the board and reports what comes back. Holds no model and takes no worker's CPU."""
-
-    board_name = ""
 
     def setup(self, config: dict[str, Any]) -> None:
         import json
@@ -189,10 +168,12 @@ class _TellBoard(tune.Callback):
 class _Recorder(threading.Thread):
     """Writes the journal from the board's log, where everything passes, and keeps `trials.jsonl` and the display."""
 
-    def __init__(self, config: SweepConfig, space: Space, board: Any, progress: Progress) -> None:
+    def __init__(self, config: SweepConfig, space: Space, records: list[TrialRecord], board: Any, progress: Progress) -> None:
         super().__init__(daemon=True, name="recorder")
         self.config, self.space, self.board, self.progress = config, space, board, progress
         self.journal = Journal(config.folder)
+        self.records = {record.id: record for record in records}
+        self.lock = threading.Lock()  # Tune's thread starts trials, this one hears of everything else
         self.open: set[str] = set()
         self.closing = False
         self.failed: str | None = None
@@ -200,15 +181,13 @@ class _Recorder(threading.Thread):
 
     def started(self, trial: str, params: dict[str, Any], seed: int) -> None:
         """The searcher proposed a trial: it exists from now on. A resumed one begins another attempt."""
-        known = {r.id for r in fold(self.journal.events())}
         resolved: TrialConfig = self.space.trial_config(params, self.config.trial).model_copy(update={"seed": seed})
         self.open.add(trial)
-        if trial in known:
-            self.journal.write("attempt", trial)
+        if trial in self.records:
+            self._record("attempt", trial)
         else:
             factor = scaling(resolved.lora) if resolved.has_adapter else None
-            self.journal.write("start", trial, params=params, config=plain(resolved), seed=seed, phase=self.phase, scaling=factor)
-        self._show(trial, "start")
+            self._record("start", trial, params=params, config=plain(resolved), seed=seed, phase=self.phase, scaling=factor)
 
     def run(self) -> None:
         seen = 0
@@ -231,15 +210,17 @@ class _Recorder(threading.Thread):
     def _write(self, item: dict[str, Any]) -> None:
         item = dict(item)
         trial, kind = item.pop("trial"), item.pop("kind")
-        self.journal.write(kind, trial, **item)
+        self._record(kind, trial, **item)
         if kind == "end":
             self.open.discard(trial)
-            write_records(self.config.folder, fold(self.journal.events()))
-        self._show(trial, kind)
+            with self.lock:
+                write_records(self.config.folder, list(self.records.values()))
 
-    def _show(self, trial: str, event: str) -> None:
-        record = next(r for r in fold(self.journal.events()) if r.id == trial)
-        self.progress.update(record, event)
+    def _record(self, kind: str, trial: str, **fields: Any) -> None:
+        """One event into the journal, the records and the display."""
+        with self.lock:
+            apply(self.records, self.journal.write(kind, trial, **fields))
+            self.progress.update(self.records[trial], kind)
 
 
 def _watch(runners: list[SlotRunner], recorder: _Recorder) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from neo_ray.records import Journal, fold, load_records, write_records
+from neo_ray.records import Journal, TrialRecord, apply, fold, load_records, write_records
 
 
 @pytest.mark.parametrize("kind", ["local", "object store"])
@@ -43,3 +43,11 @@ def test_records_alone_can_be_read_back(tmp_path: Path) -> None:
     assert load_records(tmp_path) == records
     with pytest.raises(ValueError, match="no such file"):
         load_records(tmp_path / "nothing")
+
+
+def test_events_applied_as_they_are_written_are_what_a_reader_folds(tmp_path: Path) -> None:
+    journal, records = Journal(tmp_path), dict[str, TrialRecord]()
+    apply(records, journal.write("start", "0001", params={"rank": 4}))
+    apply(records, journal.write("report", "0001", row={"rung": 1, "select_ce": float("inf")}))
+    apply(records, journal.write("end", "0001", state="COMPLETE", tokens=7))
+    assert list(records.values()) == fold(journal.events())

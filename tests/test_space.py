@@ -11,7 +11,8 @@ import pytest
 
 from neo_ray.config import ConfigError, SweepConfig
 from neo_ray.loading import validate
-from neo_ray.space import Space, build_space, differences, grid_settings, identity, trials_planned
+from neo_ray.records import TrialRecord
+from neo_ray.space import Space, build_space, differences, grid_settings, identity, settings_to_run, trials_planned
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -355,3 +356,16 @@ def test_every_axis_is_described_in_one_line() -> None:
     assert lines["batch_size"] == "4 … 16 in steps of 4"
     assert lines["beta1"] == "always 0.8"
     assert len(lines) == len(RICH)
+
+
+def test_what_is_left_of_a_grid_is_told_by_its_settings_and_not_by_their_number() -> None:
+    config = sweep({"rank": {"grid": [2, 4]}}, sampler={"name": "grid", "seeds": [3, 4]})
+    space = build_space(config)
+    earlier = [
+        TrialRecord(id=f"000{i}", state="COMPLETE", params={"rank": r}, seed=s)
+        for i, (r, s) in enumerate([(2, 1), (4, 1), (2, 3)])
+    ]
+    stopped = TrialRecord(id="0003", params={"rank": 4}, seed=2)
+    given, remaining = settings_to_run(config, space, [*earlier, stopped])
+    assert given == [("0003", {"rank": 4}, 2), ("0004", {"rank": 4}, 3), ("0005", {"rank": 2}, 4), ("0006", {"rank": 4}, 4)]
+    assert remaining == 4
