@@ -1,34 +1,53 @@
-# Everything from a fresh machine with Python 3.11 and gcc. VENV may name an existing environment.
+# Everything from a fresh machine with Python 3.11 and gcc:  make quickstart  ·  make test
+# VENV may name an existing environment; PYTHON makes a new one.
 VENV ?= .venv
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# A folder for JUnit reports, one a run of pytest (what .ci/run reads skipped tests from).
+REPORTS ?=
+
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.neo_ray-installed
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PYTEST = $(PY) -m pytest -q -rs $(if $(REPORTS),--junitxml=$(REPORTS)/$@.xml)
 
-.PHONY: quickstart test check unit test-all clean
+.PHONY: quickstart test check unit test-all rest slow quickstart-short clean
 .DEFAULT_GOAL := test
-
-# torch first: its pin takes the CPU build on a machine that has one, the CUDA build elsewhere
-$(STAMP): pyproject.toml constraints.txt
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	touch $@
 
 quickstart: $(STAMP)
 	$(PY) -m neo_ray.sweep sweeps/quickstart.yaml
 
+# At most ten minutes on two cores.
+test: check unit
+
 check: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy neo_ray
+	$(VENV)/bin/mypy
 
 unit: $(STAMP)
-	$(PY) -m pytest -q -m "not slow and not cluster and not gpu"
+	$(PYTEST) -m "not slow and not cluster and not gpu"
 
-test: check unit
+test-all: test rest
 
-test-all: check
-	$(PY) -m pytest -q -m "not gpu"
+rest: slow quickstart-short
+
+# pytest ends with 5 where no test has the mark.
+slow: $(STAMP)
+	$(PYTEST) -m "(slow or cluster) and not gpu" || test $$? -eq 5
+
+# The quickstart as a user runs it, with fewer and shorter trials; its results are thrown away.
+quickstart-short: $(STAMP)
+	results=$$(mktemp -d) && trap 'rm -rf "$$results"' EXIT && $(PY) -m neo_ray.sweep sweeps/quickstart.yaml \
+	  storage.path="$$results" sampler.num_trials=4 sampler.startup_trials=2 training.tokens=1500 evaluation.max_tokens=500
+
+# torch first: its pin takes the build for a CPU on a machine whose index offers that, the one for CUDA elsewhere.
+$(STAMP): pyproject.toml constraints.txt
+	@echo "installing into $(VENV): a few minutes, once"
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) -e '.[dev]'
+	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find neo_ray tests -name __pycache__ -type d -prune -exec rm -rf {} +
