@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from neo_ray.config import ConfigError, LoraConfig, TrialConfig
 from neo_ray.mistakes import guess
 from neo_ray.records import write_atomically
+from neo_ray.settings import ConfigError, LoraConfig, TrialConfig
 
 
 def scaling(lora: LoraConfig) -> float:

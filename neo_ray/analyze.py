@@ -10,9 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neo_ray.config import ConfigError, SweepConfig
+from neo_ray.config import SweepConfig
 from neo_ray.loading import load
 from neo_ray.records import Journal, TrialRecord, load_records, write_atomically, write_records
+from neo_ray.settings import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console

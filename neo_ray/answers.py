@@ -16,7 +16,7 @@ from typing import Any
 
 import jinja2
 
-from neo_ray.config import ConfigError
+from neo_ray.settings import ConfigError
 from neo_ray.sources import Example
 
 TODAY = datetime.date(2024, 7, 26)

@@ -10,8 +10,9 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
 
-from neo_ray.config import Axis, ConfigError, TrialConfig, trial_leaves
+from neo_ray.config import Axis
 from neo_ray.mistakes import guess, reason
+from neo_ray.settings import ConfigError, TrialConfig, trial_leaves
 
 RANGES = ("uniform", "log_uniform", "int_uniform", "quantised")
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from neo_ray.config import TrainingConfig
+from neo_ray.settings import TrainingConfig
 
 
 @dataclass(frozen=True)

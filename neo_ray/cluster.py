@@ -8,7 +8,8 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from neo_ray.config import ConfigError, ResourcesConfig
+from neo_ray.config import ResourcesConfig
+from neo_ray.settings import ConfigError
 
 HEAD = {"node:__internal_head__": 0.001}  # every cluster has it: light processes sit there and take no worker's CPU
 

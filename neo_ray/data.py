@@ -25,7 +25,8 @@ import pyarrow as pa
 import torch
 
 from neo_ray.answers import Rendered, Span, render
-from neo_ray.config import ConfigError, DataConfig
+from neo_ray.config import DataConfig
+from neo_ray.settings import ConfigError
 from neo_ray.sources import Example, examples, open_source
 
 FORMAT_VERSION = 1

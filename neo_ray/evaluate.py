@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from neo_ray import models
-from neo_ray.config import DistillConfig, EvaluationConfig
 from neo_ray.data import Split, collate
 from neo_ray.losses import divergence_sum, next_labels, scored
 from neo_ray.parts import Parts, rank_and_world_size, sum_over_ranks
+from neo_ray.settings import DistillConfig, EvaluationConfig
 
 Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """input_ids_BL, attention_mask_BL → logits_BLV"""

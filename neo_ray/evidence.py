@@ -9,8 +9,9 @@ from typing import Any
 
 import pandas as pd
 
-from neo_ray.config import ConfigError, SweepConfig
+from neo_ray.config import SweepConfig
 from neo_ray.records import TrialRecord
+from neo_ray.settings import ConfigError
 from neo_ray.space import Space, build_space
 from neo_ray.statistics import (
     MAX_LEVELS,

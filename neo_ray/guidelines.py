@@ -16,10 +16,11 @@ import pandas as pd
 from scipy import stats
 
 from neo_ray.axes import number_type
-from neo_ray.config import SweepConfig, TrialConfig, trial_leaves
+from neo_ray.config import SweepConfig
 from neo_ray.effects import AxisEffect, axis_effect, shortage
 from neo_ray.evidence import Evidence, Scope, gather, number
 from neo_ray.records import TrialRecord
+from neo_ray.settings import TrialConfig, trial_leaves
 from neo_ray.statistics import CONFIDENCE, column, compare, complete, edge_of, gains_of, is_log, is_numeric, setting_of
 
 Verdict = Literal["supported", "refuted", "undecided"]

@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from neo_ray.config import ConfigError
+from neo_ray.settings import ConfigError
 
 HEARTBEAT_SECONDS = 10.0
 SILENCE_SECONDS = 60.0

@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from neo_ray.config import ConfigError, SweepConfig
+from neo_ray.config import SweepConfig
 from neo_ray.mistakes import explain
+from neo_ray.settings import ConfigError
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> SweepConfig:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from neo_ray.config import DistillConfig
+from neo_ray.settings import DistillConfig
 
 IGNORED = -100
 

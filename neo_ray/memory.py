@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from neo_ray.assets import SMOLLM2_CONFIG, is_quickstart
-from neo_ray.config import LoraConfig, SweepConfig, TrialConfig
+from neo_ray.config import SweepConfig
+from neo_ray.settings import LoraConfig, TrialConfig
 
 FP32, BF16 = 4, 2
 # Live [N, V] fp32 tensors at the peak of loss and backward: logits of the whole batch and of the scored positions, log-softmaxes,

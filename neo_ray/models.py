@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from neo_ray.config import ConfigError
 from neo_ray.quickstart import without_progress_bars
+from neo_ray.settings import ConfigError
 
 PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
 """Special tokens that stand for padding in published tokenizers, the clearest first (Llama 3.1, SmolLM2 and Qwen, Llama 2)."""

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import nn
 
 from neo_ray import devices, models
-from neo_ray.config import TrialConfig
 from neo_ray.data import TokenData, open_data
+from neo_ray.settings import TrialConfig
 
 
 @dataclass(frozen=True)

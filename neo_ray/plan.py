@@ -10,8 +10,9 @@ from typing import Literal
 
 from neo_ray.assets import ASSETS, PREFIX, is_quickstart
 from neo_ray.cautions import cautions
-from neo_ray.config import SweepConfig, TrialConfig
+from neo_ray.config import SweepConfig
 from neo_ray.memory import ModelShape, adapter_parameters, cached_snapshot, memory_per_worker, model_shapes
+from neo_ray.settings import TrialConfig
 from neo_ray.space import LENGTHS, Space, build_space, trials_planned
 
 BYTES_PER_TOKEN = 4  # of English text under a vocabulary of 32,000 or more

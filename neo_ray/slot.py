@@ -17,7 +17,8 @@ import ray.train
 import ray.train.torch
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig
 
-from neo_ray.config import ResourcesConfig, TrialConfig
+from neo_ray.config import ResourcesConfig
+from neo_ray.settings import TrialConfig
 
 NAMESPACE = "neo_ray"
 POLL_SECONDS = 0.5  # how often a slot asks whether its trial was stopped: far below the time of a rung

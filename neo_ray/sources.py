@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from neo_ray.config import ConfigError, DataConfig
+from neo_ray.config import DataConfig
 from neo_ray.mistakes import guess
+from neo_ray.settings import ConfigError
 
 Kind = Literal["chat", "instruction", "text"]
 Row = tuple[str, dict[str, Any]]

@@ -13,10 +13,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from neo_ray.axes import SpaceAxis, as_leaf, check_axis, leaf_value, number_type, short_name, show
-from neo_ray.config import ConfigError, SweepConfig, TrialConfig, trial_leaves
+from neo_ray.config import SweepConfig
 from neo_ray.loading import plain
 from neo_ray.mistakes import explain, guess
 from neo_ray.records import TrialRecord
+from neo_ray.settings import ConfigError, TrialConfig, trial_leaves
 
 DEFAULT_TRIALS = 16
 LENGTHS = ("epochs", "tokens", "steps")

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from neo_ray import loading
-from neo_ray.config import ConfigError, SweepConfig
+from neo_ray.config import SweepConfig
 from neo_ray.plan import make_plan, render
+from neo_ray.settings import ConfigError
 from neo_ray.space import Space, build_space, differences
 
 

@@ -17,11 +17,11 @@ from torch import nn
 
 from neo_ray import adapters, checkpoints, devices
 from neo_ray.batches import StepPlan, accumulation_steps, learning_rate, plan_steps
-from neo_ray.config import TrialConfig
 from neo_ray.data import Split, collate
 from neo_ray.evaluate import evaluate
 from neo_ray.losses import IGNORED, LossSums, neo_loss, next_labels, scored
 from neo_ray.parts import Parts, rank_and_world_size, sum_over_ranks
+from neo_ray.settings import TrialConfig
 
 Row = dict[str, Any]
 Report = Callable[[Row], None]

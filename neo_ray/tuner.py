@@ -15,12 +15,13 @@ from ray import tune
 from neo_ray.adapters import scaling
 from neo_ray.board import Board
 from neo_ray.cluster import HEAD
-from neo_ray.config import SweepConfig, TrialConfig
+from neo_ray.config import SweepConfig
 from neo_ray.loading import plain
 from neo_ray.parts import Sources
 from neo_ray.progress import Progress
 from neo_ray.records import Journal, TrialRecord, apply, write_records
 from neo_ray.searcher import Asha, StudySearch, open_study
+from neo_ray.settings import TrialConfig
 from neo_ray.slot import NAMESPACE, SlotJob, SlotRunner
 from neo_ray.space import Setting, Space, settings_to_run, trial_id
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from neo_ray.config import SweepConfig, TrialConfig
+from neo_ray.config import SweepConfig
 from neo_ray.loading import plain, validate
 from neo_ray.records import TrialRecord
+from neo_ray.settings import TrialConfig
 
 UNTRAINED = {"select_ce": 5.18, "select_kl": 1.26}
 Params = dict[str, Any]

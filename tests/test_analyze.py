@@ -15,10 +15,11 @@ from planted import draw, flat, planted, sweep, trial, valley
 from rich.console import Console
 
 from neo_ray.analyze import analyse, main, write
-from neo_ray.config import SweepConfig, TrialConfig
+from neo_ray.config import SweepConfig
 from neo_ray.loading import dump, load, plain
 from neo_ray.records import Journal, TrialRecord, load_records, write_records
 from neo_ray.report import best_yaml, markdown, render_table, trials_table
+from neo_ray.settings import TrialConfig
 from neo_ray.space import build_space, grid_settings, trials_planned
 
 

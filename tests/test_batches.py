@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from neo_ray.batches import learning_rate, plan_steps
-from neo_ray.config import TrainingConfig
+from neo_ray.settings import TrainingConfig
 
 TOKENS = np.random.default_rng(0).integers(5, 50, size=37)
 LABELS = TOKENS - 1

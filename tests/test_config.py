@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from neo_ray.config import ConfigError, SweepConfig, TrialConfig, trial_leaves
+from neo_ray.config import SweepConfig
 from neo_ray.loading import dump, load, plain, validate
+from neo_ray.settings import ConfigError, TrialConfig, trial_leaves
 
 BASE = """
 name: demo

@@ -17,8 +17,9 @@ import torch
 from tiny import World, make_tokenizer, write_lines
 from transformers import AutoTokenizer
 
-from neo_ray.config import ConfigError, DataConfig
+from neo_ray.config import DataConfig
 from neo_ray.data import IGNORED, SPLITS, Split, TokenData, collate, fingerprint, open_data, prepare
+from neo_ray.settings import ConfigError
 
 TEXTS = [f"The {animal} of number {number} sleeps." for number in range(20) for animal in ("cat", "dog", "größte Bär 🐻")]
 CHATML = (

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from neo_ray.config import ConfigError
 from neo_ray.lease import lease
+from neo_ray.settings import ConfigError
 
 
 def test_a_living_driver_is_refused_and_the_end_frees_it(tmp_path: Path) -> None:

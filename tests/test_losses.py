@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from neo_ray.config import DistillConfig
 from neo_ray.losses import IGNORED, divergence_sum, neo_loss, next_labels, scored
+from neo_ray.settings import DistillConfig
 
 torch.manual_seed(0)
 STUDENT, TEACHER = torch.randn(7, 11) * 2, torch.randn(7, 11) * 2

@@ -30,8 +30,8 @@ from transformers import (
 )
 
 from neo_ray import models
-from neo_ray.config import ConfigError
 from neo_ray.models import Head, last_hidden, output_head
+from neo_ray.settings import ConfigError
 
 SHAPE = dict(
     vocab_size=96,

@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 from tiny import World, make_llama
 
-from neo_ray.config import ConfigError, LoraConfig, SweepConfig
+from neo_ray.config import SweepConfig
 from neo_ray.loading import load, validate
 from neo_ray.memory import activation_bytes, adapter_parameters, memory_per_worker, shape_of
 from neo_ray.plan import TrainSplit, make_plan, render, tokens_per_trial
+from neo_ray.settings import ConfigError, LoraConfig
 
 ROOT = Path(__file__).parent.parent
 SWEEPS = sorted((ROOT / "sweeps").rglob("*.yaml"))

@@ -15,10 +15,11 @@ from tiny import World, make_llama, make_tokenizer
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from neo_ray import devices, pruning
-from neo_ray.config import ConfigError, SweepConfig
+from neo_ray.config import SweepConfig
 from neo_ray.loading import validate
 from neo_ray.models import load_model, load_tokenizer
 from neo_ray.pruning import greedy_layers, prune_layers, student_folder
+from neo_ray.settings import ConfigError
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

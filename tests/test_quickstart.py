@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from neo_ray.assets import ASSETS, SMOLLM2_CONFIG, Asset, Wheel, is_quickstart
-from neo_ray.config import ConfigError
 from neo_ray.quickstart import fetch, made_once
+from neo_ray.settings import ConfigError
 
 MEMBER = "evals/registry/data/passages.jsonl"
 PASSAGES = [{"0": " One – two.\n", "1": "two One"}, {"0": "Three.", "1": "x"}, {"0": "Three.", "1": "y"}]

@@ -9,9 +9,10 @@ from typing import Any
 import optuna
 import pytest
 
-from neo_ray.config import ConfigError, SweepConfig
+from neo_ray.config import SweepConfig
 from neo_ray.loading import validate
 from neo_ray.records import TrialRecord
+from neo_ray.settings import ConfigError
 from neo_ray.space import Space, build_space, differences, grid_settings, identity, settings_to_run, trials_planned
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -14,8 +14,9 @@ import torch.multiprocessing as mp
 from tiny import World
 
 from neo_ray import adapters, data, models
-from neo_ray.config import DataConfig, DeepSpeedConfig, DistillConfig, LoraConfig, TrainingConfig, TrialConfig
+from neo_ray.config import DataConfig
 from neo_ray.parts import Parts, Sources, load_parts
+from neo_ray.settings import DeepSpeedConfig, DistillConfig, LoraConfig, TrainingConfig, TrialConfig
 from neo_ray.train import Outcome, Row, train
 
 CPU = torch.device("cpu")
