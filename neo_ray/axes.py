@@ -22,6 +22,8 @@ class SpaceAxis:
     """One checked axis; its values have the types of the leaf (lists stay lists, as in JSON)."""
 
     name: str
+    """Of the parameter in records and in the study: the leaf, or the axis's own name where it `sets` one."""
+    leaf: str
     path: str
     key: str
     """The name as the sweep file spells it, for messages."""
@@ -75,7 +77,7 @@ class SpaceAxis:
         if self.whole and value != int(value):
             raise ConfigError(
                 f"search.{self.key}: {self.formula} is {value:g} where {self.of} is {source:g}, "
-                f"and {self.name} must be a whole number"
+                f"and {self.leaf} must be a whole number"
             )
         return self.as_leaf(value)
 
@@ -103,7 +105,8 @@ class SpaceAxis:
                 self.kind, f" in steps of {show(self.step)}"
             )
         conditions = [f"{name} is {' or '.join(map(show, allowed))}" for name, allowed in self.when.items()]
-        return what + (f", where {' and '.join(conditions)}" if conditions else "")
+        leaf = "" if self.name == self.leaf else f"{self.leaf}: "
+        return leaf + what + (f", where {' and '.join(conditions)}" if conditions else "")
 
     def _steps(self, number: float) -> int:
         return round((number - self.low) / (self.step or 1))
@@ -133,22 +136,25 @@ class SpaceAxis:
 
 
 def check_axis(key: str, raw: Axis) -> SpaceAxis:
-    """One axis of the file, with the types of its leaf. `when` keeps the file's values until all axes are known.
+    """One axis of the file, with the types of its leaf. `when` keeps the file's names and values until all axes are known.
 
     Raises:
         ConfigError: an unknown name, or a value that the leaf's schema refuses.
     """
-    name = short_name(key, f"search.{key}")
-    path, kind = trial_leaves()[name], raw.kind
+    leaf = short_name(key, f"search.{key}") if raw.sets is None else short_name(raw.sets, f"search.{key}.sets")
+    name = leaf if raw.sets is None else key
+    if name != leaf and (name in trial_leaves() or not name.isidentifier()):
+        raise ConfigError(f"search.{key}: sets {leaf}; its own name must be a word (letters, digits, _) that is no leaf's")
+    path, kind = trial_leaves()[leaf], raw.kind
     number = number_type(path)
-    axis = SpaceAxis(name, path, key, kind, whole=number is int)
-    when = {short_name(k, f"search.{key}.when"): _several(v) for k, v in (raw.when or {}).items()}
+    axis = SpaceAxis(name, leaf, path, key, kind, whole=number is int)
+    when = {k: _several(v) for k, v in (raw.when or {}).items()}
     if kind in RANGES:
         return replace(axis, when=when, **_bounds(axis, raw, number))
     if kind == "of":
         if number is None:
-            raise ConfigError(f"search.{key}: {name} is not a number, so it cannot be derived from `{raw.of}`")
-        return replace(axis, when=when, of=short_name(str(raw.of), f"search.{key}.of"), times=raw.times, plus=raw.plus)
+            raise ConfigError(f"search.{key}: {leaf} is not a number, so it cannot be derived from `{raw.of}`")
+        return replace(axis, when=when, of=str(raw.of), times=raw.times, plus=raw.plus)
     values = tuple(as_leaf(path, v, f"search.{key}") for v in ((raw.value,) if kind == "value" else getattr(raw, kind)))
     twice = [v for i, v in enumerate(values) if v in values[:i]]
     if twice:
@@ -215,13 +221,13 @@ def _bounds(axis: SpaceAxis, raw: Axis, number: type | None) -> dict[str, Any]:
     """low, high and step of a range, each a possible value of the leaf."""
     where, (low, high, *rest) = f"search.{axis.key}", getattr(raw, axis.kind)
     if number is None:
-        raise ConfigError(f"{where}: `{axis.kind}` needs a number, and {axis.name} is none; use choice: [...]")
+        raise ConfigError(f"{where}: `{axis.kind}` needs a number, and {axis.leaf} is none; use choice: [...]")
     if axis.whole and axis.kind in ("uniform", "log_uniform"):
         instead = f"int_uniform: [{low:g}, {high:g}]" if axis.kind == "uniform" else "choice: [2, 4, 8, ...]"
-        raise ConfigError(f"{where}: {axis.name} is a whole number, and `{axis.kind}` is not; use {instead}")
+        raise ConfigError(f"{where}: {axis.leaf} is a whole number, and `{axis.kind}` is not; use {instead}")
     step = rest[0] if rest else 1 if axis.kind == "int_uniform" else None
     if axis.whole and step and not (float(low).is_integer() and float(step).is_integer()):
-        raise ConfigError(f"{where}: {axis.name} is a whole number; low {low:g} and step {step:g} must be, too")
+        raise ConfigError(f"{where}: {axis.leaf} is a whole number; low {low:g} and step {step:g} must be, too")
     if step:  # Optuna warns of a last step that does not fit; the values are the same without it
         low, step = Decimal(str(low)), Decimal(str(step))
         high = low + (Decimal(str(high)) - low) // step * step

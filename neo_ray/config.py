@@ -153,6 +153,8 @@ class StorageConfig(Section):
 class Axis(Section):
     """One axis of the search space. Exactly one of the kinds; `of` + `times` or `plus` derive a value from another axis."""
 
+    sets: str | None = None
+    """The leaf that the axis gives a value to, where its name is another one: two axes may share a leaf, under conditions."""
     grid: tuple[Any, ...] | None = None
     choice: tuple[Any, ...] | None = None
     uniform: tuple[float, float] | None = None
@@ -212,7 +214,7 @@ class SweepConfig(TrialConfig):
     student: StudentConfig
     data: DataConfig
     search: dict[str, Axis] = Field(default={})
-    """Axis name → axis. A name is a leaf of the trial config (`rank`) or its path (`lora.rank`)."""
+    """Axis name → axis. A name is a leaf of the trial config (`rank`), its path (`lora.rank`), or a word where it `sets` one."""
     sampler: SamplerConfig = SamplerConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     resources: ResourcesConfig = ResourcesConfig()

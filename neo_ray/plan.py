@@ -13,7 +13,8 @@ from neo_ray.cautions import cautions
 from neo_ray.config import SweepConfig
 from neo_ray.memory import ModelShape, adapter_parameters, cached_snapshot, memory_per_worker, model_shapes
 from neo_ray.settings import TrialConfig
-from neo_ray.space import LENGTHS, Space, build_space, trials_planned
+from neo_ray.space import LENGTHS, Space, build_space
+from neo_ray.trials import trials_planned
 
 BYTES_PER_TOKEN = 4  # of English text under a vocabulary of 32,000 or more
 HUB_BYTES_PER_PARAMETER = 2  # published weights are bf16 or fp16 as a rule
@@ -112,8 +113,8 @@ def _tokens(config: SweepConfig, space: Space, prepared: TrainSplit | None) -> t
 
 def _trials_with_lengths(config: SweepConfig, space: Space) -> list[TrialConfig]:
     """Trials with the shortest and the longest length and the smallest and the largest batch."""
-    names: list[str | None] = [name for name in LENGTHS if name in space.axes]
-    if not names or all(space.axes[str(name)].when for name in names):
+    names: list[str | None] = [name for name in LENGTHS if space.setters(name)]
+    if not names or all(axis.when for name in names for axis in space.setters(str(name))):
         names.append(None)  # where no length axis is active, the file's own length counts
     batches, trials = _ends(space, "batch_size"), []
     for name in names:
@@ -149,8 +150,8 @@ def _largest_trial(
     if student is None or (config.teacher is not None and teacher is None):
         return base, {}
     alternatives = ("method", "target_modules", "variant", "divergence", "dtype", "gradient_checkpointing", "zero_stage")
-    options = {name: space.reach(name) for name in alternatives if name in space.axes}
-    options |= {n: [max(space.reach(n))] for n in ("rank", "micro_batch_size", "batch_size", "kd_ratio") if n in space.axes}
+    options = {name: space.reach(name) for name in alternatives if space.setters(name)}
+    options |= {n: [max(space.reach(n))] for n in ("rank", "micro_batch_size", "batch_size", "kd_ratio") if space.setters(n)}
     corners = [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
     trials = [space.trial_config(corner, base) for corner in corners]
     needs = [memory_per_worker(config, trial, teacher, student) for trial in trials]

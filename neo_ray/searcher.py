@@ -18,7 +18,8 @@ from ray.tune.search.optuna import OptunaSearch
 from neo_ray.config import SweepConfig
 from neo_ray.loading import plain
 from neo_ray.records import TrialRecord
-from neo_ray.space import Setting, Space
+from neo_ray.space import Space
+from neo_ray.trials import Setting
 
 
 class StudySearch(OptunaSearch):
@@ -61,8 +62,7 @@ class StudySearch(OptunaSearch):
         params = self.space.define(asked)
         self._ot_trials[trial_id] = asked
         trial = self.space.trial_config(params, self.config.trial)
-        if "seed" not in params:
-            trial = trial.model_copy(update={"seed": seed})
+        trial = trial.model_copy(update={"seed": self.space.seed(params, seed)})
         self.on_start(ours, params, trial.seed)
         return {"trial": ours, "config": json.dumps(plain(trial))}
 

@@ -1,11 +1,13 @@
 """Which trials can there be? The axes of a sweep, checked against the trial config, and every way to walk them.
 
-An axis has a value in a trial where its `when` holds: an axis that it names is active there and has one of the values. Where
-an axis is inactive, its leaf keeps the value of the sweep file, and that is what an axis derived from it sees.
+An axis has a value in a trial where its `when` holds: what it names has one of the values there. Where no axis gives a leaf a
+value, it keeps that of the sweep file, and that is what an axis derived from it sees. Several axes may set one leaf (a learning
+rate for each method) where their conditions exclude each other.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,25 +18,9 @@ from neo_ray.axes import SpaceAxis, as_leaf, check_axis, leaf_value, number_type
 from neo_ray.config import SweepConfig
 from neo_ray.loading import plain
 from neo_ray.mistakes import explain, guess
-from neo_ray.records import TrialRecord
 from neo_ray.settings import ConfigError, TrialConfig, trial_leaves
 
-DEFAULT_TRIALS = 16
 LENGTHS = ("epochs", "tokens", "steps")
-IDENTITY = (
-    "teacher",
-    "student",
-    "data",
-    "method",
-    "lora",
-    "distill",
-    "training",
-    "deepspeed",
-    "evaluation",
-    "seed",
-    "search",
-    "objective",
-)
 
 
 class _Asking:
@@ -79,17 +65,36 @@ class Space:
             if axis.sampled and self.possible(axis) and (axis.low < axis.high if axis.continuous else axis.num_options > 1)
         )
 
+    def setters(self, name: str) -> list[SpaceAxis]:
+        """The axes behind a name: all that set the leaf of that name, else the axis of that name."""
+        if name in self.base:
+            return [axis for axis in self.axes.values() if axis.leaf == name]
+        return [self.axes[name]] if name in self.axes else []
+
+    def seen(self, name: str, params: dict[str, Any]) -> Any:
+        """What an axis or a leaf is in a trial: the value of an active axis, else the sweep file's (an axis's own name: None)."""
+        return next((params[axis.name] for axis in self.setters(name) if axis.name in params), self.base.get(name))
+
     def active(self, axis: SpaceAxis, params: dict[str, Any]) -> bool:
         """Does the axis exist in a trial with these params?"""
-        seen = {name: params.get(name) if name in self.axes else self.base[name] for name in axis.when}
-        return all(seen[name] in allowed for name, allowed in axis.when.items())
+        return all(self._holds(name, allowed, params) for name, allowed in axis.when.items())
+
+    def _holds(self, name: str, allowed: tuple[Any, ...], params: dict[str, Any]) -> bool:
+        setters = self.setters(name)
+        if not setters:
+            return self.base[name] in allowed
+        return any(params[axis.name] in allowed for axis in setters if axis.name in params)
 
     def possible(self, axis: SpaceAxis) -> bool:
         """Can the axis exist in any trial? Not where its `when` names a leaf that is no axis and has another value."""
         return all(
-            self.possible(self.axes[name]) if name in self.axes else self.base[name] in allowed
+            any(self.possible(setter) for setter in self.setters(name)) if self.setters(name) else self.base[name] in allowed
             for name, allowed in axis.when.items()
         )
+
+    def seed(self, params: dict[str, Any], otherwise: int) -> int:
+        """The trial's seed: that of an axis, else the given one."""
+        return self.seen("seed", params) if self.setters("seed") else otherwise
 
     def define(self, trial: Any) -> dict[str, Any]:
         """One setting, define-by-run: axis → value of every active axis, asking `trial` for the sampled ones."""
@@ -111,8 +116,9 @@ class Space:
         # Only axes that others depend on decide which axes are active; the rest multiply, and need no walk.
         deciding: set[str] = set()
         for axis in reversed(self.axes.values()):
-            if axis.name in deciding or any(axis.name in other.when for other in self.axes.values()):
-                deciding |= {axis.name, *axis.depends_on}
+            named = {other.name for o in self.axes.values() for name in o.when for other in self.setters(name)}
+            if axis.name in deciding | named:
+                deciding |= {axis.name, *(other.name for name in axis.depends_on for other in self.setters(name))}
         rest, total = [a for a in self.axes.values() if a.name not in deciding and a.sampled], 0
         for params in self._settings([a for a in self.axes.values() if a.name in deciding]):
             count = 1
@@ -122,19 +128,21 @@ class Space:
         return total
 
     def reach(self, name: str) -> list[Any]:
-        """What a leaf can be in this space: all its values, or the ends of a long range. Ignores which go together."""
-        axis = self.axes.get(name)
-        if axis is None:
-            return [self.base[name]]
+        """What a leaf or an axis can be: all its values, or the ends of a long range. Ignores which go together."""
+        setters, base = self.setters(name), self.base.get(name)
+        values = [value for axis in setters for value in self._reach(axis)]
+        if not setters or (base is not None and all(axis.when for axis in setters)):
+            values.append(base)
+        return list({repr(value): value for value in values}.values())
+
+    def _reach(self, axis: SpaceAxis) -> list[Any]:
         if axis.kind == "of" and axis.of:
-            values = [axis.derive(source) for source in self.reach(axis.of)]
-        elif axis.continuous:
-            values = [axis.as_leaf(axis.low), axis.as_leaf(axis.high)]
-        elif axis.num_options > 1000:
-            values = [axis.option(0), axis.option(1), axis.option(axis.num_options - 1)]
-        else:
-            values = list(axis.options())
-        return [*values, self.base[name]] if axis.when and self.base[name] is not None else values
+            return [axis.derive(source) for source in self.reach(axis.of)]
+        if axis.continuous:
+            return [axis.as_leaf(axis.low), axis.as_leaf(axis.high)]
+        if axis.num_options > 1000:
+            return [axis.option(0), axis.option(1), axis.option(axis.num_options - 1)]
+        return list(axis.options())
 
     def distributions(self, params: dict[str, Any]) -> dict[str, Any]:
         """The Optuna distribution of each sampled axis that is active under these params: what `define` asked for."""
@@ -156,10 +164,11 @@ class Space:
             ConfigError: a name that is no leaf, or a value that the schema refuses.
         """
         raw, leaves = plain(base), trial_leaves()
-        if any(name in params for name in LENGTHS):
+        values = {self.axes[n].leaf if n in self.axes else short_name(n, "params"): value for n, value in params.items()}
+        if any(name in values for name in LENGTHS):
             raw["training"].update(dict.fromkeys(LENGTHS))
-        for name, value in params.items():
-            section, _, leaf = leaves[short_name(name, "params")].rpartition(".")
+        for name, value in values.items():
+            section, _, leaf = leaves[name].rpartition(".")
             (raw[section] if section else raw)[leaf] = value
         try:
             return TrialConfig.model_validate(raw)
@@ -180,7 +189,7 @@ class Space:
                 )
 
     def _computed(self, axis: SpaceAxis, params: dict[str, Any]) -> Any:
-        return axis.derive(params.get(axis.of, self.base[axis.of])) if axis.of else axis.values[0]
+        return axis.derive(self.seen(axis.of, params)) if axis.of else axis.values[0]
 
     def _settings(self, axes: list[SpaceAxis]) -> Iterator[dict[str, Any]]:
         rows: Iterator[dict[str, Any]] = iter([{}])
@@ -210,7 +219,7 @@ def build_space(config: SweepConfig) -> Space:
 
     Raises:
         ConfigError: unknown or repeated axis, a value that the leaf's schema refuses, a cycle, a grid over a continuous axis,
-            a method that needs a teacher where there is none.
+            two axes that may set one leaf in the same trial, a method that needs a teacher where there is none.
     """
     axes: dict[str, SpaceAxis] = {}
     for key, raw in config.search.items():
@@ -220,80 +229,36 @@ def build_space(config: SweepConfig) -> Space:
         axes[axis.name] = axis
     trial = config.trial
     base = {leaf: leaf_value(trial, path) for leaf, path in trial_leaves().items()}
-    space = Space(_in_order(axes), base)
+    axes = {name: _with_names(axis, axes) for name, axis in axes.items()}
+    space = Space(_in_order(Space(axes, base)), base)
     space = Space({name: _with_condition(axis, space) for name, axis in space.axes.items()}, base)
     for axis in space.axes.values():
         if axis.of:
             _check_derived(axis, space)
+    _check_disjoint(space)
     _check_sweep(config, space)
     return space
 
 
-def trials_planned(config: SweepConfig, space: Space) -> int:
-    """How many trials the sweep runs (without those that are put back after a failure)."""
-    wanted = config.sampler.num_trials
-    if config.sampler.name == "grid":
-        total = (space.size() or 0) * max(1, len(config.sampler.seeds))
-        return min(total, wanted) if wanted else total
-    return wanted or (DEFAULT_TRIALS if space.searched else 1)
+def _with_names(axis: SpaceAxis, axes: dict[str, SpaceAxis]) -> SpaceAxis:
+    """The axis with what it refers to by the names that the space knows: axes, and short names of leaves."""
+
+    def known(name: str, where: str) -> str:
+        return name if name in axes else short_name(name, f"search.{axis.key}.{where}")
+
+    when = {known(name, "when"): values for name, values in axis.when.items()}
+    return replace(axis, when=when, of=known(axis.of, "of") if axis.of else None)
 
 
-def grid_settings(config: SweepConfig, space: Space) -> list[tuple[dict[str, Any], int]]:
-    """The (params, seed) of a grid sweep in order: all settings with the first seed, then with the next."""
-    seeds = config.sampler.seeds or (config.seed,)
-    settings = [(params, params.get("seed", seed)) for seed in seeds for params in space.grid()]
-    return settings[: config.sampler.num_trials]
-
-
-Setting = tuple[str, dict[str, Any], int]
-"""Trial id, params, seed."""
-
-
-def settings_to_run(config: SweepConfig, space: Space, records: list[TrialRecord]) -> tuple[list[Setting], int]:
-    """Settings that are given rather than proposed (interrupted trials first, then a grid's rest), and how many trials remain."""
-    planned = trials_planned(config, space)
-    interrupted = [(r.id, r.params, r.seed) for r in records if not r.finished]
-    if config.sampler.name != "grid":
-        return interrupted, max(len(interrupted), planned - sum(r.finished for r in records))
-    known = {_key(r.params, r.seed) for r in records}
-    fresh = [(p, s) for p, s in grid_settings(config, space)[:planned] if _key(p, s) not in known]
-    numbered = [(trial_id(len(records) + i), p, s) for i, (p, s) in enumerate(fresh)]
-    return interrupted + numbered, len(interrupted) + len(numbered)
-
-
-def trial_id(number: int) -> str:
-    return f"{number:04d}"
-
-
-def _key(params: dict[str, Any], seed: int) -> str:
-    return repr((sorted(params.items(), key=lambda item: item[0]), seed))
-
-
-def identity(config: SweepConfig) -> dict[str, Any]:
-    """What determines the meaning of a sweep's trials. Name, sampler, scheduler, resources and storage may change."""
-    data = {name: plain(config)[name] for name in IDENTITY}
-    return {**data, "search": {name: axis.text for name, axis in build_space(config).axes.items()}}
-
-
-def differences(old: SweepConfig, new: SweepConfig) -> list[str]:
-    """What keeps `new` from continuing `old`: lines of `path: old → new`; none where their trials mean the same."""
-    before, after = _flat(identity(old)), _flat(identity(new))
-    return [
-        f"{path}: {show(before.get(path, '(nothing)'))} → {show(after.get(path, '(nothing)'))}"
-        for path in dict.fromkeys([*before, *after])
-        if before.get(path) != after.get(path)
-    ]
-
-
-def _in_order(axes: dict[str, SpaceAxis]) -> dict[str, SpaceAxis]:
+def _in_order(space: Space) -> dict[str, SpaceAxis]:
     """The axes in the file's order, each after those that it depends on."""
-    ordered: dict[str, SpaceAxis] = {}
+    axes, ordered = space.axes, dict[str, SpaceAxis]()
 
     def visit(name: str, trail: tuple[str, ...]) -> None:
         if name in trail:
             raise ConfigError(f"search.{axes[name].key}: depends on itself ({' → '.join((*trail, name))})")
         if name in axes and name not in ordered:
-            for other in axes[name].depends_on:
+            for other in (setter.name for needed in axes[name].depends_on for setter in space.setters(needed)):
                 visit(other, (*trail, name))
             ordered[name] = axes[name]
 
@@ -306,13 +271,16 @@ def _with_condition(axis: SpaceAxis, space: Space) -> SpaceAxis:
     """The axis with the values of its `when` typed like the leaves that they are compared with."""
     when = {}
     for name, wanted in axis.when.items():
-        where, other = f"search.{axis.key}.when.{name}", space.axes.get(name)
-        values = tuple(as_leaf(trial_leaves()[name], value, where) for value in wanted)
+        where, others = f"search.{axis.key}.when.{name}", space.setters(name)
+        path = others[0].path if others else trial_leaves()[name]
+        values = tuple(as_leaf(path, value, where) for value in wanted)
         if not values:
             raise ConfigError(f"{where}: is empty")
-        if other is not None and other.continuous:
-            raise ConfigError(f"{where}: compares for equality, and {name} is continuous ({other.kind})")
-        options = list(other.options()) if other is not None and other.kind != "of" and other.num_options <= 1000 else values
+        endless = [other for other in others if other.continuous]
+        if endless:
+            raise ConfigError(f"{where}: compares for equality, and {name} is continuous ({endless[0].kind})")
+        listed = [other for other in others if other.kind != "of" and other.num_options <= 1000]
+        options = [o for other in listed for o in other.options()] if listed and len(listed) == len(others) else values
         if not any(value in options for value in values):
             known = ", ".join(map(show, options))
             raise ConfigError(f"{where}: {show(values[0])} is never taken{guess(values[0], options)}; {name} is one of {known}")
@@ -322,39 +290,49 @@ def _with_condition(axis: SpaceAxis, space: Space) -> SpaceAxis:
 
 def _check_derived(axis: SpaceAxis, space: Space) -> None:
     where, source = f"search.{axis.key}", str(axis.of)
-    if number_type(trial_leaves()[source]) is None:
+    setters = space.setters(source)
+    if number_type(setters[0].path if setters else trial_leaves()[source]) is None:
         raise ConfigError(f"{where}.of: {source} is not a number")
-    if source not in space.axes and space.base[source] is None:
-        raise ConfigError(f"{where}.of: {source} has no value; give it one, or make it an axis")
-    root = space.axes.get(source)
-    while root is not None and root.of:
-        root = space.axes.get(root.of)
-    if axis.whole and root is not None and root.continuous:
-        raise ConfigError(f"{where}: {axis.name} is a whole number, and {root.name}, which it derives from, is continuous")
+    if space.base.get(source) is None and all(setter.when for setter in setters):
+        raise ConfigError(f"{where}.of: {source} has no value in some trials; give the leaf one, or make it an axis")
+    for root in _roots(setters, space):
+        if axis.whole and root.continuous:
+            raise ConfigError(f"{where}: {axis.leaf} is a whole number, and {root.name}, which it derives from, is continuous")
     for value in space.reach(axis.name):
         as_leaf(axis.path, value, f"{where}: {axis.formula}")
 
 
+def _roots(axes: list[SpaceAxis], space: Space) -> Iterator[SpaceAxis]:
+    for axis in axes:
+        yield from _roots(space.setters(axis.of), space) if axis.of else [axis]
+
+
+def _check_disjoint(space: Space) -> None:
+    """Two axes of one leaf must have conditions on the same name with no value in common."""
+    for leaf in dict.fromkeys(axis.leaf for axis in space.axes.values()):
+        for one, other in itertools.combinations(space.setters(leaf), 2):
+            if not any(name in other.when and not _common(values, other.when[name]) for name, values in one.when.items()):
+                raise ConfigError(
+                    f"search.{other.key}: sets {leaf} as search.{one.key} does, and both may be active in a trial; "
+                    "give them conditions that exclude each other, e.g. `when: {method: sft}` and `when: {method: lora}`"
+                )
+
+
+def _common(values: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
+    return any(value in others for value in values)
+
+
 def _check_sweep(config: SweepConfig, space: Space) -> None:
-    lengths = [name for name in LENGTHS if name in space.axes and not space.axes[name].when]
+    lengths = [name for name in LENGTHS if any(not axis.when for axis in space.setters(name))]
     if len(lengths) > 1:
         raise ConfigError(f"search.{lengths[0]}: a trial has one length, and {' and '.join(lengths)} are axes")
     if config.sampler.name == "grid":
         space.require_finite("a grid sweep")
-    if "seed" in space.axes and config.sampler.seeds:
+    if space.setters("seed") and config.sampler.seeds:
         raise ConfigError("sampler.seeds: `seed` is an axis already; give one of the two")
     if len(set(config.sampler.seeds)) < len(config.sampler.seeds):
         raise ConfigError(f"sampler.seeds: a seed stands twice (got {list(config.sampler.seeds)})")
     taught = [m for m in space.reach("method") if m in ("kd", "neo")]
     if taught and config.teacher is None:
-        where = "search.method" if "method" in space.axes else "method"
+        where = "search.method" if space.setters("method") else "method"
         raise ConfigError(f"{where}: {' and '.join(taught)} needs a `teacher` section (without one: lora, sft)")
-
-
-def _flat(data: Any, path: str = "") -> dict[str, Any]:
-    if not isinstance(data, dict):
-        return {path: data}
-    rows: dict[str, Any] = {}
-    for key, value in data.items():
-        rows.update(_flat(value, f"{path}.{key}" if path else str(key)))
-    return rows

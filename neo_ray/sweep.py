@@ -18,7 +18,8 @@ from neo_ray import loading
 from neo_ray.config import SweepConfig
 from neo_ray.plan import make_plan, render
 from neo_ray.settings import ConfigError
-from neo_ray.space import Space, build_space, differences
+from neo_ray.space import Space, build_space
+from neo_ray.trials import differences
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -68,7 +69,7 @@ def run(config: SweepConfig, space: Space, fresh: bool = False) -> int:
 
 def _run_on_ray(config: SweepConfig, space: Space, sources: Any, console: Any, announce: Any) -> int:
     from neo_ray.records import Journal, fold, write_records
-    from neo_ray.space import settings_to_run, trials_planned
+    from neo_ray.trials import settings_to_run, trials_planned
 
     records = fold(Journal(config.folder).events())
     planned = trials_planned(config, space)

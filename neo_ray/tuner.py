@@ -23,7 +23,8 @@ from neo_ray.records import Journal, TrialRecord, apply, write_records
 from neo_ray.searcher import Asha, StudySearch, open_study
 from neo_ray.settings import TrialConfig
 from neo_ray.slot import NAMESPACE, SlotJob, SlotRunner
-from neo_ray.space import Setting, Space, settings_to_run, trial_id
+from neo_ray.space import Space
+from neo_ray.trials import Setting, settings_to_run, trial_id
 
 
 class SweepFailed(RuntimeError):

@@ -20,7 +20,8 @@ from neo_ray.loading import dump, load, plain
 from neo_ray.records import Journal, TrialRecord, load_records, write_records
 from neo_ray.report import best_yaml, markdown, render_table, trials_table
 from neo_ray.settings import TrialConfig
-from neo_ray.space import build_space, grid_settings, trials_planned
+from neo_ray.space import build_space
+from neo_ray.trials import grid_settings, trials_planned
 
 
 def folder_with(path: Path, records: list[TrialRecord], config: SweepConfig | None = None) -> Path:

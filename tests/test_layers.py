@@ -16,7 +16,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "neo_ray"
 
 ROOMS = {
-    "facts": "__init__ assets config settings loading mistakes axes space records memory cautions plan environment",
+    "facts": "__init__ assets config settings loading mistakes axes space trials records memory cautions plan environment",
     "training": (
         "adapters answers batches checkpoints data devices evaluate losses models parts prepare pruning quickstart sources train"
     ),

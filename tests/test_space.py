@@ -13,7 +13,8 @@ from neo_ray.config import SweepConfig
 from neo_ray.loading import validate
 from neo_ray.records import TrialRecord
 from neo_ray.settings import ConfigError
-from neo_ray.space import Space, build_space, differences, grid_settings, identity, settings_to_run, trials_planned
+from neo_ray.space import Space, build_space
+from neo_ray.trials import differences, grid_settings, identity, settings_to_run, trials_planned
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -164,6 +165,68 @@ def test_a_conditional_axis_multiplies_only_where_it_exists() -> None:
     assert len({json.dumps(params, sort_keys=True) for params in grid}) == len(grid)
     assert all(("kd_ratio" in p) == (p["method"] == "neo") for p in grid)
     assert all(("divergence" in p) == (p.get("kd_ratio") == 0.5) for p in grid)
+
+
+METHOD_RATES = {
+    "method": {"grid": ["sft", "lora", "neo"]},
+    "full_rate": {"sets": "learning_rate", "grid": ["2e-6", "2e-5"], "when": {"method": "sft"}},
+    "lora_rate": {"sets": "training.learning_rate", "log_uniform": ["1e-5", "1e-3"], "when": {"method": "lora"}},
+}
+
+
+def test_two_axes_set_one_leaf_where_their_conditions_exclude_each_other() -> None:
+    config = sweep(METHOD_RATES, training={"learning_rate": 0.5})
+    space = build_space(config)
+    full, low = {"method": "sft", "full_rate": 2e-6}, {"method": "lora", "lora_rate": 3e-4}
+    assert space.trial_config(full, config.trial).training.learning_rate == 2e-6
+    assert space.trial_config(low, config.trial).training.learning_rate == 3e-4
+    assert space.trial_config({"method": "neo"}, config.trial).training.learning_rate == 0.5
+    assert list(space.distributions(full)) == ["method", "full_rate"]
+    assert space.optuna_params(low) == low
+    assert sorted(space.reach("learning_rate")) == [2e-6, 1e-5, 2e-5, 1e-3, 0.5]
+    assert space.searched == ("method", "full_rate", "lora_rate")
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for _ in range(20):
+        params = space.define(study.ask())
+        assert set(params) - {"method"} == {"sft": {"full_rate"}, "lora": {"lora_rate"}, "neo": set()}[params["method"]]
+
+
+def test_a_leaf_of_two_axes_can_be_derived_from_and_asked_for() -> None:
+    search = {
+        **METHOD_RATES,
+        "lora_rate": {"sets": "learning_rate", "grid": ["2e-5", "2e-4"], "when": {"method": ["lora", "neo"]}},
+        "beta1": {"of": "learning_rate", "times": 100},
+        "weight_decay": {"grid": [0, 0.1], "when": {"learning_rate": ["2e-5"]}},
+    }
+    space = space_of(search)
+    grid = space.grid()
+    assert all(p["beta1"] == pytest.approx(100 * (p.get("full_rate") or p["lora_rate"])) for p in grid)
+    assert all(("weight_decay" in p) == (2e-5 in (p.get("full_rate"), p.get("lora_rate"))) for p in grid)
+    assert len(grid) == space.size() == 3 * 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"lora_rate": {"sets": "learning_rate", "grid": [1e-4]}}, "search.lora_rate: sets learning_rate as search.full_rate"),
+        (
+            {"lora_rate": {"sets": "learning_rate", "grid": [1e-4], "when": {"method": ["sft", "lora"]}}},
+            "search.lora_rate: sets learning_rate as search.full_rate does, and both may be active",
+        ),
+        ({"learning_rate": {"grid": [1e-4], "when": {"method": ["sft"]}}}, "search.learning_rate: sets learning_rate as search"),
+        (
+            {"full_rate": {"sets": "learning_rat", "grid": [1e-4]}},
+            "search.full_rate.sets: unknown axis (did you mean `learning_rate`",
+        ),
+        ({"alpha": {"sets": "learning_rate", "grid": [1e-4]}}, "search.alpha: sets learning_rate; its own name must be"),
+        ({"a b": {"sets": "learning_rate", "grid": [1e-4]}}, "search.a b: sets learning_rate; its own name must be"),
+        ({"full_rate": {"sets": "learning_rate", "grid": [-1], "when": {"method": "sft"}}}, "search.full_rate: Input should be"),
+    ],
+)
+def test_axes_of_one_leaf_are_checked(changes: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        space_of({**METHOD_RATES, **changes})
+    assert expected in str(caught.value)
 
 
 def test_an_axis_stands_after_those_it_depends_on() -> None:

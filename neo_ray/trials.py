@@ -1,0 +1,92 @@
+"""Which trials does a sweep run, and which has it run? Their number, a grid's settings, what is left, and what they mean."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from neo_ray.axes import show
+from neo_ray.config import SweepConfig
+from neo_ray.loading import plain
+from neo_ray.records import TrialRecord
+from neo_ray.space import Space, build_space
+
+DEFAULT_TRIALS = 16
+IDENTITY = (
+    "teacher",
+    "student",
+    "data",
+    "method",
+    "lora",
+    "distill",
+    "training",
+    "deepspeed",
+    "evaluation",
+    "seed",
+    "search",
+    "objective",
+)
+
+
+def trials_planned(config: SweepConfig, space: Space) -> int:
+    """How many trials the sweep runs (without those that are put back after a failure)."""
+    wanted = config.sampler.num_trials
+    if config.sampler.name == "grid":
+        total = (space.size() or 0) * max(1, len(config.sampler.seeds))
+        return min(total, wanted) if wanted else total
+    return wanted or (DEFAULT_TRIALS if space.searched else 1)
+
+
+def grid_settings(config: SweepConfig, space: Space) -> list[tuple[dict[str, Any], int]]:
+    """The (params, seed) of a grid sweep in order: all settings with the first seed, then with the next."""
+    seeds = config.sampler.seeds or (config.seed,)
+    settings = [(params, space.seed(params, seed)) for seed in seeds for params in space.grid()]
+    return settings[: config.sampler.num_trials]
+
+
+Setting = tuple[str, dict[str, Any], int]
+"""Trial id, params, seed."""
+
+
+def settings_to_run(config: SweepConfig, space: Space, records: list[TrialRecord]) -> tuple[list[Setting], int]:
+    """Settings that are given rather than proposed (interrupted trials first, then a grid's rest), and how many trials remain."""
+    planned = trials_planned(config, space)
+    interrupted = [(r.id, r.params, r.seed) for r in records if not r.finished]
+    if config.sampler.name != "grid":
+        return interrupted, max(len(interrupted), planned - sum(r.finished for r in records))
+    known = {_key(r.params, r.seed) for r in records}
+    fresh = [(p, s) for p, s in grid_settings(config, space)[:planned] if _key(p, s) not in known]
+    numbered = [(trial_id(len(records) + i), p, s) for i, (p, s) in enumerate(fresh)]
+    return interrupted + numbered, len(interrupted) + len(numbered)
+
+
+def trial_id(number: int) -> str:
+    return f"{number:04d}"
+
+
+def _key(params: dict[str, Any], seed: int) -> str:
+    return repr((sorted(params.items(), key=lambda item: item[0]), seed))
+
+
+def identity(config: SweepConfig) -> dict[str, Any]:
+    """What determines the meaning of a sweep's trials. Name, sampler, scheduler, resources and storage may change."""
+    data = {name: plain(config)[name] for name in IDENTITY}
+    return {**data, "search": {name: axis.text for name, axis in build_space(config).axes.items()}}
+
+
+def differences(old: SweepConfig, new: SweepConfig) -> list[str]:
+    """What keeps `new` from continuing `old`: lines of `path: old → new`; none where their trials mean the same."""
+    before, after = _flat(identity(old)), _flat(identity(new))
+    return [
+        f"{path}: {show(before.get(path, '(nothing)'))} → {show(after.get(path, '(nothing)'))}"
+        for path in dict.fromkeys([*before, *after])
+        if before.get(path) != after.get(path)
+    ]
+
+
+def _flat(data: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(data, dict):
+        return {path: data}
+    rows: dict[str, Any] = {}
+    for key, value in data.items():
+        rows.update(_flat(value, f"{path}.{key}" if path else str(key)))
+    return rows
