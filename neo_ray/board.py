@@ -23,6 +23,7 @@ class Board:
         self.log: list[Item] = []
         self.failures: dict[str, int] = {}
         self.in_slot: dict[int, str] = {}
+        self.slots: set[int] = set()
         self.cancelled: set[str] = set()
         self.closed = False
         self.changed = asyncio.Condition()
@@ -37,6 +38,7 @@ class Board:
     async def take(self, slot: int) -> tuple[str, Job | None]:
         """The next trial for a slot: (id, job), ("", None) when there is none yet, ("closed", None) at the end."""
         async with self.changed:
+            self.slots.add(slot)
             await self._wait(lambda: bool(self.queue) or self.closed)
             while self.queue:
                 trial = self.queue.popleft()
@@ -96,11 +98,12 @@ class Board:
             await self._wait(lambda: len(self.log) > seen, patience_seconds)
             return self.log[seen:]
 
-    async def close(self) -> None:
-        """No trial will follow; slots end when they ask next."""
+    async def close(self) -> set[int]:
+        """No trial will follow; slots end when they ask next. Returns those that ever asked: the others still wait for a node."""
         async with self.changed:
             self.closed = True
             self.changed.notify_all()
+            return self.slots
 
     def _add(self, trial: str, item: Item) -> None:
         item = {"trial": trial, "at": time.time(), **item}

@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from neo_ray.config import ResourcesConfig
 from neo_ray.settings import ConfigError
@@ -14,15 +17,54 @@ from neo_ray.settings import ConfigError
 HEAD = {"node:__internal_head__": 0.001}  # every cluster has it: light processes sit there and take no worker's CPU
 
 
+BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
+"""`ray up` leaves the cluster's file on its head: which nodes there are, and how many may come."""
+DEVICE_BYTES = {"T4": 16e9, "V100": 32e9, "L4": 24e9, "A10G": 24e9, "L40S": 48e9, "A100": 80e9, "H100": 80e9, "H200": 141e9}
+"""Memory of an accelerator by Ray's name of its type; where it comes in several sizes, of the largest."""
+
+
 @dataclass(frozen=True)
-class Capacity:
-    """What the cluster holds at this moment."""
+class Node:
+    """What one node offers to workers."""
 
     cpus: float
-    gpus: float
-    memory_bytes: float
-    nodes: int
-    started_here: bool
+    gpus: float = 0
+    memory_bytes: float = 0
+    """Host memory; 0 where it is not known."""
+    accelerator: str | None = None
+    """Ray's name of the accelerator's type."""
+
+    def workers(self, resources: ResourcesConfig) -> int:
+        """How many workers fit."""
+        fits = self.cpus / resources.cpus_per_worker
+        if resources.gpus_per_worker:
+            fits = min(fits, self.gpus / resources.gpus_per_worker)
+        return math.floor(fits + 1e-9)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What the cluster holds at this moment, and what may come."""
+
+    nodes: tuple[Node, ...]
+    coming: tuple[Node, ...] = ()
+    """Nodes beyond those that are up, as the cluster's file allows them."""
+    started_here: bool = False
+
+    @property
+    def cpus(self) -> float:
+        return sum(node.cpus for node in self.nodes)
+
+    @property
+    def gpus(self) -> float:
+        return sum(node.gpus for node in self.nodes)
+
+    def __str__(self) -> str:
+        text = f"{len(self.nodes)} node(s), {self.cpus:g} CPUs, {self.gpus:g} GPUs"
+        if self.coming:
+            cpus, gpus = (sum(getattr(node, name) for node in self.coming) for name in ("cpus", "gpus"))
+            text += f", on demand up to {len(self.coming)} more with {cpus:g} CPUs, {gpus:g} GPUs"
+        return text
 
 
 def connect(resources: ResourcesConfig) -> Capacity:
@@ -32,6 +74,7 @@ def connect(resources: ResourcesConfig) -> Capacity:
         ConfigError: no cluster answers there, or it lacks the State API that Tune's clean-up of stopped trials depends on.
     """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a report waits for this poll
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "3600")  # a node on demand takes its time
     os.environ.setdefault("RAY_TRAIN_ENABLE_CONSOLE_PROGRESS", "0")
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # a failed trial has no metric
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # the sweep door ends a sweep, from the records
@@ -49,34 +92,123 @@ def connect(resources: ResourcesConfig) -> Capacity:
         except (ConnectionError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(f"resources.address: no Ray cluster answers at {resources.address!r} ({reason})") from None
+    _own_messages_to_log()
     for name in ("ray.train", "ray.tune", "ray.data", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
     _check_state_api()
-    total = ray.cluster_resources()
-    nodes = sum(1 for node in ray.nodes() if node["Alive"])
-    return Capacity(total.get("CPU", 0), total.get("GPU", 0), total.get("memory", 0), nodes, started_here)
+    nodes = tuple(map(_node, (node for node in ray.nodes() if node["Alive"])))
+    coming = () if started_here and not resources.address else nodes_on_demand(len(nodes))
+    return Capacity(nodes, coming, started_here)
+
+
+def nodes_on_demand(num_up: int, bootstrap: Path = BOOTSTRAP) -> tuple[Node, ...]:
+    """The nodes that the autoscaler may add to `num_up`, where `ray up` made this machine a cluster's head; else none.
+
+    Nodes that are up already count against `max_workers`, the largest types first, so that the answer is never too large.
+    """
+    try:
+        cluster = yaml.safe_load(bootstrap.expanduser().read_text(encoding="utf-8"))
+        workers = [kind for name, kind in cluster["available_node_types"].items() if name != cluster["head_node_type"]]
+        allowed = int(cluster.get("max_workers", 0))
+        kinds = [(_kind(kind.get("resources") or {}), min(int(kind.get("max_workers", 0)), allowed)) for kind in workers]
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError):
+        return ()
+    possible = sorted(
+        (node for node, count in kinds for _ in range(count)), key=lambda node: (node.gpus, node.cpus), reverse=True
+    )
+    return tuple(possible[:allowed][max(0, num_up - 1) :])
 
 
 def concurrency(resources: ResourcesConfig, capacity: Capacity) -> int:
-    """Slots: as asked, or as many as the cluster holds. Raises ConfigError where not even one fits."""
-    workers = resources.workers_per_trial
-    fits = math.floor(capacity.cpus / (resources.cpus_per_worker * workers) + 1e-9)
-    if resources.gpus_per_worker:
-        wanted = resources.gpus_per_worker * workers
-        if capacity.gpus < wanted:
-            hint = ""
-            if capacity.gpus == 0:
-                hint = "; to reach a cluster that has them: resources.address=auto on its head, or `ray exec cluster.yaml '…'`"
-            raise ConfigError(f"resources.gpus_per_worker: a trial takes {wanted:g} GPUs and there are {capacity.gpus:g}{hint}")
-        fits = min(fits, math.floor(capacity.gpus / wanted + 1e-9))
+    """Slots: as asked, or as many as the cluster holds, nodes on demand included. Raises ConfigError where not one fits."""
+    nodes = (*capacity.nodes, *capacity.coming)
+    if resources.nodes_on_demand and resources.concurrency != "auto":
+        return resources.concurrency
+    fits = sum(node.workers(resources) for node in nodes) // resources.workers_per_trial
     if fits < 1:
-        asked = resources.cpus_per_worker * workers
-        raise ConfigError(f"resources.cpus_per_worker: a trial takes {asked:g} CPUs and the cluster has {capacity.cpus:g}")
+        raise ConfigError(_why_not_one(resources, nodes))
     if resources.concurrency == "auto":
         return fits
     if resources.concurrency > fits:
         raise ConfigError(f"resources.concurrency: {resources.concurrency} trials at a time were asked for and {fits} fit")
     return resources.concurrency
+
+
+def fit_memory(resources: ResourcesConfig, capacity: Capacity, worker_bytes: int, slots: int) -> int:
+    """Slots that memory allows: fewer than `slots` where their number was left to us.
+
+    Args:
+        worker_bytes: estimate for one worker of the largest trial; 0 where it is not known.
+
+    Raises:
+        ConfigError: not even one fits, or fewer than were asked for. Says how much is needed and what to change.
+    """
+    if not worker_bytes or not resources.memory_check:
+        return slots
+    needed = f"a worker of the largest trial takes about {worker_bytes / 1e9:.1f} GB"
+    change = (
+        "a smaller training.micro_batch_size, training.gradient_checkpointing or a higher deepspeed.zero_stage take less; "
+        "resources.memory_check: false starts it all the same"
+    )
+    if resources.gpus_per_worker:
+        share = min(1.0, resources.gpus_per_worker)
+        have = share * max((DEVICE_BYTES.get(n.accelerator or "", math.inf) for n in capacity.nodes if n.gpus), default=math.inf)
+        if worker_bytes > have:
+            raise ConfigError(
+                f"resources.gpus_per_worker: {needed}, and its share of a GPU here is {have / 1e9:.1f} GB; {change}"
+            )
+        return slots
+    nodes = [node for node in (*capacity.nodes, *capacity.coming) if node.workers(resources)]
+    if not nodes or not all(node.memory_bytes for node in nodes):
+        return slots
+    fits = sum(min(n.workers(resources), int(n.memory_bytes // worker_bytes)) for n in nodes) // resources.workers_per_trial
+    if fits < 1:
+        have = max(node.memory_bytes for node in nodes)
+        raise ConfigError(
+            f"resources.workers_per_trial: {needed}, and the largest node has {have / 1e9:.1f} GB to give; {change}"
+        )
+    if fits < slots and resources.concurrency != "auto":
+        raise ConfigError(f"resources.concurrency: {needed}, so that {fits} of the {slots} trials at a time fit; {change}")
+    return min(slots, fits)
+
+
+def _node(found: dict[str, Any]) -> Node:
+    offered = found["Resources"]
+    kinds = [name.removeprefix("accelerator_type:") for name in offered if name.startswith("accelerator_type:")]
+    return replace(_kind(offered), accelerator=kinds[0] if kinds else None)
+
+
+def _kind(offered: dict[str, Any]) -> Node:
+    return Node(float(offered.get("CPU", 0)), float(offered.get("GPU", 0)), float(offered.get("memory", 0)))
+
+
+def _why_not_one(resources: ResourcesConfig, nodes: tuple[Node, ...]) -> str:
+    """No trial fits: what is asked for and not there."""
+    gpus, cpus = (sum(getattr(node, name) for node in nodes) for name in ("gpus", "cpus"))
+    wanted_gpus = resources.gpus_per_worker * resources.workers_per_trial
+    wanted_cpus = resources.cpus_per_worker * resources.workers_per_trial
+    if gpus < wanted_gpus:
+        hint = (
+            "; to reach a cluster that has them: resources.address=auto on its head, or `ray exec cluster.yaml '…'`; "
+            "for nodes that come on demand: resources.nodes_on_demand=true and resources.concurrency"
+        )
+        return f"resources.gpus_per_worker: a trial takes {wanted_gpus:g} GPUs and there are {gpus:g}{hint if gpus == 0 else ''}"
+    if cpus < wanted_cpus:
+        return f"resources.cpus_per_worker: a trial takes {wanted_cpus:g} CPUs and the cluster has {cpus:g}"
+    places, wanted = sum(node.workers(resources) for node in nodes), resources.workers_per_trial
+    worker = f"{resources.cpus_per_worker:g} CPUs and {resources.gpus_per_worker:g} GPUs"
+    return f"resources.workers_per_trial: a trial takes {wanted} workers, and {places} fit on the nodes ({worker} each)"
+
+
+def _own_messages_to_log() -> None:
+    """Ray prints its raylets' warnings into the driver's output, whatever `log_to_driver` says: they belong in a log."""
+    from ray._private import worker
+
+    def to_log(data: dict[str, Any], ignore_prefix: bool = False) -> None:
+        logging.getLogger("neo_ray.ray").info("%s: %s", data.get("pid"), " ".join(data.get("lines", [])))
+
+    if hasattr(worker, "print_to_stdstream"):
+        worker.print_to_stdstream = to_log
 
 
 def _check_state_api() -> None:

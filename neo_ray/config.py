@@ -114,6 +114,12 @@ class ResourcesConfig(Section):
     cpus_per_worker: float = Field(1, gt=0)
     concurrency: int | Literal["auto"] = "auto"
     """Trials at the same time; `auto` fills the cluster."""
+    nodes_on_demand: bool = False
+    """Nodes come as trials ask for them and only the cluster knows how many (KubeRay); needs a number as concurrency.
+
+    A cluster of `ray up` is known by its own file."""
+    memory_check: bool = True
+    """Refuse trials that take more memory than there is, by the plan's estimate."""
     max_failures: int = Field(2, ge=0)
     """How often a trial whose worker died is put back, from its last checkpoint."""
 
@@ -127,6 +133,8 @@ class ResourcesConfig(Section):
     @model_validator(mode="after")
     def _whole_gpus(self) -> ResourcesConfig:
         gpus = self.gpus_per_worker
+        if self.nodes_on_demand and self.concurrency == "auto":
+            raise ValueError("nodes_on_demand: true needs a number as `concurrency`: how many trials may run at a time")
         if gpus != int(gpus) and self.workers_per_trial > 1:
             raise ValueError(
                 f"a fraction of a GPU (gpus_per_worker: {gpus}) takes one worker a trial, "

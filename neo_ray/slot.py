@@ -44,7 +44,7 @@ def slot_loop(settings: dict[str, Any]) -> None:
 
     job: SlotJob = settings["job"]
     rank = ray.train.get_context().get_world_rank()
-    _log_to(Path(job.folder) / "logs" / f"slot-{job.slot}-rank-{rank}.log")
+    log_to(Path(job.folder) / "logs" / f"slot-{job.slot}-rank-{rank}.log")
     board = ray.get_actor(job.board, namespace=NAMESPACE)
     device, parts = devices.local_device(), None
     while True:
@@ -125,7 +125,8 @@ def _reporter(board: Any, trial_id: str) -> Callable[[dict[str, Any]], None]:
     return report
 
 
-def _log_to(path: Path) -> None:
+def log_to(path: Path) -> None:
+    """What this process logs goes into a file of the results folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))

@@ -81,14 +81,17 @@ def _run_on_ray(config: SweepConfig, space: Space, sources: Any, console: Any, a
     from neo_ray import cluster
     from neo_ray.prepare import make_student
     from neo_ray.progress import Progress
+    from neo_ray.slot import log_to
     from neo_ray.tuner import SweepFailed, run_trials
 
     announce("connecting to Ray" if config.resources.address else "starting Ray on this machine")
     capacity = cluster.connect(config.resources)
     try:
         slots = cluster.concurrency(config.resources, capacity)
-        announce(f"{capacity.nodes} node(s), {capacity.cpus:g} CPUs, {capacity.gpus:g} GPUs: {slots} trials at a time")
+        slots = cluster.fit_memory(config.resources, capacity, make_plan(config).total_memory_bytes, slots)
+        announce(f"{capacity}: {slots} trials at a time")
         _write_contract(config)
+        log_to(config.folder / "logs" / "driver.log")
         sources = make_student(config, sources, announce)
         announce("starting workers (they load the models once, for all trials)")
         with Progress(config, console, planned, records) as progress:

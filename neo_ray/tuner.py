@@ -26,6 +26,8 @@ from neo_ray.slot import NAMESPACE, SlotJob, SlotRunner
 from neo_ray.space import Space
 from neo_ray.trials import Setting, settings_to_run, trial_id
 
+SECONDS_TO_END = 60  # for slots to put their models away; Ray ends those that have not
+
 
 class SweepFailed(RuntimeError):
     """No slot can be kept alive: the reason is the last worker's."""
@@ -67,12 +69,15 @@ def run_trials(
         for runner in runners:
             runner.closing = True
         recorder.closing = True
+        ending: set[int] = set()
         try:
-            ray.get(board.close.remote(), timeout=10)
+            ending = ray.get(board.close.remote(), timeout=10)
         except Exception:
             logging.getLogger("neo_ray").warning("the board did not answer at the end")
+    deadline = time.monotonic() + SECONDS_TO_END
     for runner in runners:
-        runner.join(timeout=60)
+        if runner.job.slot in ending:
+            runner.join(timeout=max(0.0, deadline - time.monotonic()))
     recorder.join(timeout=30)
     if recorder.failed is not None:
         raise SweepFailed(recorder.failed)

@@ -1,0 +1,116 @@
+"""What fits on a cluster, and what is refused before any worker starts? Arithmetic on nodes; Ray itself is met in test_sweep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from neo_ray.cluster import Capacity, Node, concurrency, fit_memory, nodes_on_demand
+from neo_ray.config import ResourcesConfig
+from neo_ray.settings import ConfigError
+
+HEAD, GPU = Node(8, 0, 32e9), Node(8, 1, 64e9, "L40S")
+
+
+def resources(**changes: Any) -> ResourcesConfig:
+    return ResourcesConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("asked", "nodes", "slots"),
+    [
+        ({}, (Node(2),), 2),
+        ({"cpus_per_worker": 3}, (Node(4), Node(4)), 2),  # eight CPUs in all, and each node holds one worker of three
+        ({"gpus_per_worker": 1, "cpus_per_worker": 4}, (HEAD, GPU, GPU), 2),
+        ({"gpus_per_worker": 0.25, "cpus_per_worker": 2}, (GPU,), 4),
+        ({"gpus_per_worker": 1, "cpus_per_worker": 4, "workers_per_trial": 2}, (HEAD, GPU, GPU, GPU), 1),
+        ({"concurrency": 1}, (Node(4),), 1),
+    ],
+)
+def test_slots_are_counted_by_workers_that_fit_on_nodes(asked: dict[str, Any], nodes: tuple[Node, ...], slots: int) -> None:
+    assert concurrency(resources(**asked), Capacity(nodes)) == slots
+
+
+@pytest.mark.parametrize(
+    ("asked", "nodes", "words"),
+    [
+        (
+            {"gpus_per_worker": 1},
+            (Node(8),),
+            "resources.gpus_per_worker: a trial takes 1 GPUs and there are 0; to reach a cluster",
+        ),
+        ({"gpus_per_worker": 2}, (GPU,), "resources.gpus_per_worker: a trial takes 2 GPUs and there are 1"),
+        ({"cpus_per_worker": 16}, (Node(8),), "resources.cpus_per_worker: a trial takes 16 CPUs and the cluster has 8"),
+        ({"cpus_per_worker": 6}, (Node(4), Node(4)), "resources.workers_per_trial: a trial takes 1 workers, and 0 fit"),
+        ({"concurrency": 5}, (Node(4),), "resources.concurrency: 5 trials at a time were asked for and 4 fit"),
+    ],
+)
+def test_what_does_not_fit_is_refused(asked: dict[str, Any], nodes: tuple[Node, ...], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        concurrency(resources(**asked), Capacity(nodes))
+    assert words in str(caught.value)
+
+
+CLUSTER = {
+    "max_workers": 3,
+    "head_node_type": "head",
+    "available_node_types": {
+        "head": {"resources": {"CPU": 8}},
+        "gpu": {"resources": {"CPU": 8, "GPU": 1, "memory": 64e9}, "min_workers": 0, "max_workers": 8},
+        "spot": {"resources": {"CPU": 8, "GPU": 1}, "max_workers": 0},
+    },
+}
+
+
+def bootstrap(folder: Path, cluster: Any = CLUSTER) -> Path:
+    path = folder / "ray_bootstrap_config.yaml"
+    path.write_text(yaml.safe_dump(cluster))
+    return path
+
+
+def test_nodes_on_demand_are_counted_before_they_are_up(tmp_path: Path) -> None:
+    path = bootstrap(tmp_path)
+    assert nodes_on_demand(1, path) == (Node(8, 1, 64e9),) * 3
+    assert nodes_on_demand(3, path) == (Node(8, 1, 64e9),)
+    assert nodes_on_demand(9, path) == ()
+    alone = Capacity((HEAD,), nodes_on_demand(1, path))
+    assert concurrency(resources(gpus_per_worker=1, cpus_per_worker=4), alone) == 3
+    assert "on demand up to 3 more with 24 CPUs, 3 GPUs" in str(alone)
+
+
+@pytest.mark.parametrize("cluster", ["no mapping", {"available_node_types": None}, {"head_node_type": "head"}, None])
+def test_a_file_of_another_kind_promises_no_nodes(tmp_path: Path, cluster: Any) -> None:
+    assert nodes_on_demand(1, bootstrap(tmp_path, cluster)) == ()
+    assert nodes_on_demand(1, tmp_path / "nothing") == ()
+
+
+def test_the_repository_s_cluster_offers_its_gpus(tmp_path: Path) -> None:
+    path = Path(__file__).parent.parent / "cluster.yaml"
+    assert sum(node.gpus for node in nodes_on_demand(1, path)) == 8
+
+
+def test_where_only_the_cluster_knows_the_number_asked_for_is_taken() -> None:
+    asked = resources(gpus_per_worker=1, nodes_on_demand=True, concurrency=4)
+    assert concurrency(asked, Capacity((HEAD,))) == 4
+    with pytest.raises(ValueError, match="nodes_on_demand: true needs a number"):
+        resources(nodes_on_demand=True)
+
+
+def test_memory_limits_the_slots_or_refuses_them() -> None:
+    nodes = Capacity((Node(8, 0, 10e9), Node(8, 0, 5e9)))
+    assert fit_memory(resources(), nodes, int(3e9), 16) == 4
+    assert fit_memory(resources(), nodes, 0, 16) == 16
+    assert fit_memory(resources(memory_check=False), nodes, int(99e9), 16) == 16
+    with pytest.raises(ConfigError, match=r"resources.concurrency: .* takes about 3.0 GB, so that 4 of the 9 trials"):
+        fit_memory(resources(concurrency=9), nodes, int(3e9), 9)
+    with pytest.raises(
+        ConfigError, match=r"takes about 20.0 GB, and the largest node has 10.0 GB to give; a smaller training.micro"
+    ):
+        fit_memory(resources(), nodes, int(20e9), 16)
+    gpus = Capacity((HEAD, GPU))
+    assert fit_memory(resources(gpus_per_worker=1), gpus, int(40e9), 1) == 1
+    with pytest.raises(ConfigError, match=r"resources.gpus_per_worker: .* 40.0 GB, and its share of a GPU here is 24.0 GB"):
+        fit_memory(resources(gpus_per_worker=0.5), gpus, int(40e9), 1)
