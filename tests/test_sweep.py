@@ -42,13 +42,14 @@ def sweep_file(world: World, folder: Path, **changes: object) -> Path:
     return path
 
 
-def start(path: Path, *overrides: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "HOME": str(path.parent), "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
+def start(path: Path, *overrides: str, home: Path | None = None) -> subprocess.Popen[str]:
+    home = home or path.parent
+    environment = {**os.environ, "HOME": str(home), "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
     command = [sys.executable, "-m", "neo_ray.sweep", str(path), *overrides]
     return subprocess.Popen(
         command,
         env=environment,
-        cwd=path.parent,
+        cwd=home,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -119,6 +120,30 @@ def test_a_killed_sweep_goes_on_from_its_checkpoints(tiny_world: World, tmp_path
     assert [r.state for r in records] == ["COMPLETE", "COMPLETE"]
     assert max(r.details["resumed_from_step"] for r in records) > 0
     assert all([row["rung"] for row in r.curve] == [1, 2, 3, 4] for r in records)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rank", "learning_rate", "alpha", "kd_ratio", "methods"])
+def test_every_sweep_of_the_repository_runs(tiny_world: World, tmp_path: Path, name: str) -> None:
+    """Two trials of two steps; what the file says is kept, but for models, data and resources."""
+    process = start(
+        ROOT / "sweeps" / f"{name}.yaml",
+        f"teacher={{model: {tiny_world.teacher}}}",
+        f"student={{model: {tiny_world.student}}}",
+        f"data={{source: {tiny_world.data}, max_length: 48, select_fraction: 0.2, report_fraction: 0.2}}",
+        "resources={concurrency: 2}",
+        f"storage={{path: {tmp_path / 'results'}, cache: {tmp_path / 'cache'}}}",
+        "training.epochs=null",
+        "training.steps=2",
+        "sampler.num_trials=2",
+        home=tmp_path,
+    )
+    text = finish(process)
+    assert process.returncode == 0, text
+    records = load_records(tmp_path / "results" / name)
+    assert [r.state for r in records] == ["COMPLETE", "COMPLETE"], [r.error for r in records]
+    assert all(r.steps == 2 for r in records)
+    assert records[0].params != records[1].params or records[0].seed != records[1].seed
 
 
 @pytest.mark.parametrize(
