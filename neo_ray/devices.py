@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 
 FP32, BF16 = torch.float32, torch.bfloat16
+ALLOCATION_FAILED = ("can't allocate memory", "not enough memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What torch's allocators and CUDA's libraries say in plain RuntimeErrors."""
 
 
 def local_device() -> torch.device:
@@ -93,7 +95,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """A device or host allocation failed."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "not enough memory" in str(error)  # torch's CPU allocator
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in ALLOCATION_FAILED)
 
 
 def prepare_deepspeed() -> None:

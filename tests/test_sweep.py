@@ -14,52 +14,12 @@ import optuna
 import psutil
 import pytest
 import yaml
+from doors import ROOT, finish, start, sweep_file
 from tiny import World
 
 from neo_ray.loading import load, validate
 from neo_ray.records import load_records
 from neo_ray.sweep import main
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def sweep_file(world: World, folder: Path, **changes: object) -> Path:
-    sweep = {
-        "name": "tiny",
-        "teacher": {"model": str(world.teacher)},
-        "student": {"model": str(world.student)},
-        "data": {"source": str(world.data), "max_length": 48, "select_fraction": 0.2, "report_fraction": 0.2},
-        "training": {"steps": 8, "batch_size": 4, "micro_batch_size": 2, "dtype": "fp32", "learning_rate": "1e-2"},
-        "deepspeed": {"zero_stage": 0},
-        "search": {"rank": {"choice": [2, 4]}, "alpha": {"of": "rank", "times": 2}, "kd_ratio": {"choice": [0.0, 0.5]}},
-        "sampler": {"name": "tpe", "num_trials": 2},
-        "resources": {"concurrency": 2},
-        "storage": {"path": str(folder / "results"), "cache": str(folder / "cache")},
-        **changes,
-    }
-    path = folder / "sweep.yaml"
-    path.write_text(yaml.safe_dump(sweep))
-    return path
-
-
-def start(path: Path, *overrides: str, home: Path | None = None) -> subprocess.Popen[str]:
-    home = home or path.parent
-    environment = {**os.environ, "HOME": str(home), "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
-    command = [sys.executable, "-m", "neo_ray.sweep", str(path), *overrides]
-    return subprocess.Popen(
-        command,
-        env=environment,
-        cwd=home,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    text, _ = process.communicate(timeout=240)
-    return text
 
 
 def test_a_sweep_runs_and_is_extended_and_leaves_its_contract(tiny_world: World, tmp_path: Path) -> None:
