@@ -62,6 +62,8 @@ class DataConfig(Section):
     """Hub configuration name (`0625` of Infinity-Instruct)."""
     split: str = "train"
     """Hub split that the three splits are cut from."""
+    revision: str | None = None
+    """Hub revision; pin it for a sweep that others repeat."""
     format: Literal["auto", "text", "instruction", "chat"] = "auto"
     """`auto` looks at the columns: `messages` or `conversations`; `instruction` + `response`; `text`."""
     columns: dict[str, str] = Field(default={})

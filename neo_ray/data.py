@@ -29,6 +29,8 @@ from neo_ray.config import DataConfig
 from neo_ray.settings import ConfigError
 from neo_ray.sources import Example, examples, open_source
 
+HUB_ONLY = {"subset", "split", "revision"}
+"""Settings of `data` that mean nothing for a local source."""
 FORMAT_VERSION = 1
 """Raise it with any change here, in `sources.py` or `answers.py` that gives other tokens, labels or columns."""
 IGNORED = -100
@@ -110,8 +112,8 @@ def prepare(config: DataConfig, source: str, tokenizer: Any, cache: Path, announ
         ConfigError: the source, a row of it, the chat template or a split is not usable; nothing is left in `cache` then.
     """
     opened = open_source(config, source)
-    if opened.is_local and {"subset", "split"} & config.model_fields_set:
-        announce(f"data.subset and data.split are for hub data sets: ignored for {source}")
+    if opened.is_local and HUB_ONLY & config.model_fields_set:
+        announce(f"data.subset, data.split and data.revision are for hub data sets: ignored for {source}")
     name = fingerprint(config, opened.content, tokenizer, opened.is_local)
     folder = Path(cache).expanduser() / "data" / name
     if folder.exists():
@@ -135,7 +137,7 @@ def prepare(config: DataConfig, source: str, tokenizer: Any, cache: Path, announ
 
 def fingerprint(config: DataConfig, content: str, tokenizer: Any, is_local: bool = True) -> str:
     """Hash of everything that determines the tokens: content, settings, tokenizer, this file's format."""
-    outside = {"source", "subset", "split"} if is_local else {"source"}
+    outside = {"source", *HUB_ONLY} if is_local else {"source", "revision"}
     settings = config.model_dump(exclude=outside)
     everything = [FORMAT_VERSION, content, settings, _tokenizer_identity(tokenizer)]
     return hashlib.blake2b(json.dumps(everything, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -81,9 +81,20 @@ def load_model(
 
 def vocab_rows(model: str, revision: str | None = None, trust_remote_code: bool = False, where: str = "model") -> int:
     """Rows of the embedding, padding included, from the model's config alone. Raises ConfigError."""
+    return int(_text_config(model, revision, trust_remote_code, where).vocab_size)
+
+
+def check_context(max_length: int, model: str, revision: str | None, trust_remote_code: bool, where: str) -> None:
+    """Raises ConfigError where examples may be longer than what the model was made to read."""
+    reads = getattr(_text_config(model, revision, trust_remote_code, where), "max_position_embeddings", None)
+    if reads is not None and max_length > reads:
+        raise ConfigError(f"data.max_length: {max_length} tokens, and {where} {model} reads at most {reads}")
+
+
+def _text_config(model: str, revision: str | None, trust_remote_code: bool, where: str) -> Any:
     with loading(model, where) as source:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-    return int(config.get_text_config().vocab_size)
+    return config.get_text_config()
 
 
 def prove_shared_vocabulary(teacher_tokenizer: Any, student_tokenizer: Any, teacher_rows: int, student_rows: int) -> int:

@@ -32,11 +32,13 @@ def prepare(config: SweepConfig, announce: Announce) -> Sources:
     assert student_source is not None and owner is not None
     tokenizer = models.load_tokenizer(student_source, owner.revision, owner.trust_remote_code, where)
     rows = models.vocab_rows(student_source, owner.revision, owner.trust_remote_code, where)
+    models.check_context(config.data.max_length, student_source, owner.revision, owner.trust_remote_code, where)
     vocabulary = min(rows, len(tokenizer))
     if teacher is not None and teacher_source is not None and student.model is not None:
         theirs = models.load_tokenizer(teacher_source, teacher.revision, teacher.trust_remote_code, "teacher.model")
         their_rows = models.vocab_rows(teacher_source, teacher.revision, teacher.trust_remote_code, "teacher.model")
         vocabulary = models.prove_shared_vocabulary(theirs, tokenizer, their_rows, rows)
+        models.check_context(config.data.max_length, teacher_source, teacher.revision, teacher.trust_remote_code, "teacher.model")
     source = local(config.data.source)
     folder = data.prepare(config.data, source, tokenizer, config.cache, announce)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

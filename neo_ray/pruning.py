@@ -22,10 +22,9 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from neo_ray import devices
-from neo_ray.assets import is_quickstart
 from neo_ray.config import SweepConfig
 from neo_ray.models import Head, decoder, last_hidden, load_model, loading, output_head
-from neo_ray.quickstart import fetch, made_once
+from neo_ray.quickstart import made_once
 from neo_ray.settings import ConfigError
 
 Announce = Callable[[str], None]
@@ -33,7 +32,7 @@ Calibration = Callable[[], tuple[Tensor, Tensor, Tensor]]
 
 
 def student_folder(config: SweepConfig, teacher_folder: str, calibration: Calibration, cache: Path, announce: Announce) -> str:
-    """Hub name or folder of the student; a pruned one is made once, in `<cache>/students/<digest>`, and found there afterwards.
+    """Folder of the pruned student: made once, in `<cache>/students/<digest>`, and found there afterwards.
 
     Args:
         teacher_folder: the teacher's folder or hub name.
@@ -42,11 +41,8 @@ def student_folder(config: SweepConfig, teacher_folder: str, calibration: Calibr
     Raises:
         ConfigError: at `student.prune` or `teacher.model`.
     """
-    prune, student = config.student.prune, config.student.model
-    if prune is None:
-        assert student is not None
-        return fetch(student, cache, announce) if is_quickstart(student) else student
-    assert config.teacher is not None
+    prune = config.student.prune
+    assert prune is not None and config.teacher is not None
     source = _local_folder(teacher_folder, config.teacher.revision, "teacher.model")
     num_layers, layers = _num_layers(source), prune.layers
     if layers is not None:

@@ -297,7 +297,7 @@ def _hub(config: DataConfig, name: str) -> Source:
     import datasets
 
     try:
-        loaded = datasets.load_dataset(name, config.subset, split=config.split)
+        loaded = datasets.load_dataset(name, config.subset, split=config.split, revision=config.revision)
     except Exception as error:  # the hub's client raises a dozen unrelated types; every one means that there is no data
         raise ConfigError(_hub_mistake(config, name, error)) from error
     table = loaded.with_format("arrow")

@@ -165,11 +165,6 @@ def no_calibration() -> Any:
     raise AssertionError("calibration was asked for")
 
 
-def test_a_named_student_is_taken_as_it_is(tiny_world: World, tmp_path: Path) -> None:
-    config = sweep(tiny_world, {"model": "some-one/some-model"})
-    assert student_folder(config, str(tiny_world.teacher), no_calibration, tmp_path, print) == "some-one/some-model"
-
-
 def test_given_layers_need_no_calibration_and_are_made_once(tiny_world: World, tmp_path: Path) -> None:
     config = sweep(tiny_world, {"prune": {"layers": [0, 3]}})
     folder = Path(student_folder(config, str(tiny_world.teacher), no_calibration, tmp_path, print))

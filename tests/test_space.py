@@ -56,7 +56,7 @@ RICH = {
         ({"rank": {"choice": [True]}}, "search.rank: must not be true or false"),
         ({"rank": {"choice": [8, "8"]}}, "search.rank: the value 8 stands twice"),
         ({"rank": None}, "search.rank: null is not a value"),
-        ({"variant": {"choice": ["dorra"]}}, "search.variant: Input should be 'lora', 'rslora' or 'dora' (got 'dorra') (did you"),
+        ({"variant": {"choice": ["dorra"]}}, "(got 'dorra') (did you mean `dora`?)"),
         ({"kd_ratio": {"uniform": [0, 2]}}, "search.kd_ratio: Input should be less than or equal to 1 (got 2.0)"),
         ({"rank": {"int_uniform": [0, 8]}}, "search.rank: Input should be greater than or equal to 1 (got 0)"),
         ({"rank": {"uniform": [1, 64]}}, "search.rank: rank is a whole number, and `uniform` is not; use int_uniform: [1, 64]"),

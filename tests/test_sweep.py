@@ -119,6 +119,7 @@ def test_every_sweep_of_the_repository_runs(tiny_world: World, tmp_path: Path, n
         ("data.source=nowhere.jsonl", "data.source"),
         ("resources.gpus_per_worker=1", "no GPU"),
         ("student.model=/nowhere/model", "student.model"),
+        ("data.max_length=257", "data.max_length: 257 tokens, and student.model"),
         ("storage.path=/dev/null/results", "storage.path"),
     ],
 )
