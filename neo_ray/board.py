@@ -54,8 +54,11 @@ class Board:
             self._add(trial, {"kind": "report", "row": row})
             self.changed.notify_all()
 
-    async def is_cancelled(self, trial: str) -> bool:
-        return trial in self.cancelled
+    async def when_cancelled(self, trial: str) -> bool:
+        """True as soon as the scheduler stops a trial; False when it left its slot, or after a while, to be asked again."""
+        async with self.changed:
+            await self._wait(lambda: trial in self.cancelled or trial not in self.in_slot.values())
+            return trial in self.cancelled
 
     async def finish(self, slot: int, trial: str, end: dict[str, Any]) -> None:
         """A slot is done with its trial, however it ended."""

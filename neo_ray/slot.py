@@ -21,7 +21,6 @@ from neo_ray.config import ResourcesConfig
 from neo_ray.settings import TrialConfig
 
 NAMESPACE = "neo_ray"
-POLL_SECONDS = 0.5  # how often a slot asks whether its trial was stopped: far below the time of a rung
 MAX_RESTARTS_IN_A_ROW = 3  # workers that die without finishing anything are no passing fault
 
 
@@ -96,22 +95,19 @@ def _run_trial(board: Any, job: SlotJob, rank: int, device: Any, parts: Any, tri
 
 
 class _Stop:
-    """Asks the board in the background, so that the training loop only looks at a flag."""
+    """Listens to the board in the background, so that the training loop only looks at a flag."""
 
     def __init__(self, board: Any, trial_id: str) -> None:
-        self.asked, self._ended = False, threading.Event()
-        self._thread = threading.Thread(target=self._watch, args=(board, trial_id), daemon=True)
-        self._thread.start()
+        self.asked = self.closed = False
+        threading.Thread(target=self._watch, args=(board, trial_id), daemon=True).start()
 
     def _watch(self, board: Any, trial_id: str) -> None:
-        while not self._ended.wait(POLL_SECONDS):
-            if ray.get(board.is_cancelled.remote(trial_id)):
-                self.asked = True
-                return
+        while not self.closed and not self.asked:
+            self.asked = ray.get(board.when_cancelled.remote(trial_id))
 
     def close(self) -> None:
-        self._ended.set()
-        self._thread.join(timeout=5)
+        """The thread ends by itself, once the board knows that the trial left its slot."""
+        self.closed = True
 
 
 def _take(board: Any, slot: int) -> tuple[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -267,3 +269,17 @@ def test_the_analysis_needs_neither_torch_nor_ray(tmp_path: Path) -> None:
 def test_importing_the_door_loads_nothing_heavy() -> None:
     code = "import sys, neo_ray.analyze; print(sorted({'pandas', 'scipy', 'statsmodels', 'numpy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+STUDIES = sorted(p.parent for p in (Path(__file__).parent.parent / "docs" / "studies").glob("*/trials.jsonl"))
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.name)
+def test_the_reports_of_the_studies_are_what_their_records_say(study: Path, tmp_path: Path) -> None:
+    copied = tmp_path / study.name
+    shutil.copytree(study, copied)
+    write(analyse(copied), copied)
+    assert (copied / "report.md").read_text() == (study / "report.md").read_text()
+    answer = next(line for line in (study.parent / "README.md").read_text().splitlines() if f"[{study.name}]" in line)
+    for number in re.findall(r"\d\.\d{2,}", answer):
+        assert number in (study / "report.md").read_text()

@@ -17,9 +17,10 @@ import yaml
 from doors import ROOT, finish, start, sweep_file
 from tiny import World
 
-from neo_ray.loading import load, validate
+from neo_ray.loading import dump, load, validate
 from neo_ray.records import load_records
-from neo_ray.sweep import main
+from neo_ray.sweep import _set_aside, main
+from neo_ray.trials import differences
 
 
 def test_a_sweep_runs_and_is_extended_and_leaves_its_contract(tiny_world: World, tmp_path: Path) -> None:
@@ -131,6 +132,24 @@ def test_a_mistake_is_one_line_with_its_path_and_writes_nothing(
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and words in error and "\n" not in error
     assert not (tmp_path / "results").exists()
+
+
+def test_a_results_folder_keeps_to_one_meaning_of_a_trial(
+    tiny_world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = sweep_file(tiny_world, tmp_path)
+    folder = tmp_path / "results" / "tiny"
+    folder.mkdir(parents=True)
+    (folder / "sweep.yaml").write_text(dump(load(path)))
+    (folder / "trials.jsonl").write_text("{}\n")
+    assert main([str(path), "training.batch_size=8"]) == 2
+    error = capsys.readouterr().err
+    assert "training.batch_size: 4 → 8" in error and "--fresh to put that one aside" in error
+    assert not differences(load(path), load(path, ["sampler.num_trials=9", "resources.concurrency=1"])), "an extension is none"
+
+    _set_aside(folder)
+    (aside,) = [f for f in folder.parent.iterdir() if f != folder]
+    assert {f.name for f in aside.iterdir()} == {"sweep.yaml", "trials.jsonl"} and not list(folder.iterdir())
 
 
 def test_another_vocabulary_is_refused(tiny_world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
