@@ -81,6 +81,20 @@ def gather(records: Sequence[TrialRecord], sweep: SweepConfig | None) -> Evidenc
     return Evidence(tuple(records), sweep, frame, metric, mode, axes, moving, varied, tested, spread, best, scope)
 
 
+def with_leaves(evidence: Evidence) -> tuple[pd.DataFrame, tuple[str, ...]]:
+    """The trials with a column for each leaf that varies, and those leaves: axes that set one leaf are one column.
+
+    Trials of two methods with a learning-rate axis each are equal otherwise where their learning rates are.
+    """
+    space, frame = _space(evidence.sweep), evidence.frame
+    groups: dict[str, list[str]] = {}
+    for axis in evidence.varied:
+        leaf = space.axes[axis].leaf if space and axis in space.axes else axis
+        groups.setdefault(leaf, []).append(column(axis))
+    merged = {column(leaf): frame[names].bfill(axis=1).iloc[:, 0] for leaf, names in groups.items() if len(names) > 1}
+    return frame.assign(**merged), tuple(groups)
+
+
 def constant_axes(evidence: Evidence) -> dict[str, Any]:
     """Searched axes with one value in all trials, and that value: nothing can be said of them."""
     space, frame = _space(evidence.sweep), evidence.frame

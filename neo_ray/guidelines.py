@@ -18,7 +18,7 @@ from scipy import stats
 from neo_ray.axes import number_type
 from neo_ray.config import SweepConfig
 from neo_ray.effects import AxisEffect, axis_effect, shortage
-from neo_ray.evidence import Evidence, Scope, gather, number
+from neo_ray.evidence import Evidence, Scope, gather, number, with_leaves
 from neo_ray.records import TrialRecord
 from neo_ray.settings import TrialConfig, trial_leaves
 from neo_ray.statistics import CONFIDENCE, column, compare, complete, edge_of, gains_of, is_log, is_numeric, setting_of
@@ -27,7 +27,7 @@ Verdict = Literal["supported", "refuted", "undecided"]
 UNITS = {"ce": "nats per token", "kl": "nats per token", "bits_per_byte": "bits per byte"}
 REFERENCE = {"method": "neo", "rank": 64, "learning_rate": 2e-4, "kd_ratio": 0.5}
 """Defaults of the LLM-Neo reference code (yang3121099/LLM-Neo), with alpha = 2 × rank."""
-TEACHER_AXES = ("kd_ratio", "temperature", "divergence")
+TEACHER_AXES = ("kd_ratio", "temperature", "divergence", "jsd_beta", "skew", "head_mass")
 """Without effect where there is no teacher."""
 
 
@@ -202,6 +202,7 @@ def _axis_notes(evidence: Evidence, effect: AxisEffect) -> list[str]:
 def _comparisons(evidence: Evidence) -> list[_Draft]:
     """With a teacher against without one: kd_ratio above 0 against 0, neo against lora, kd against sft."""
     frame, drafts = evidence.frame, []
+    by_leaf, leaves = with_leaves(evidence)
     pairs: list[tuple[str, str, str, pd.Series, pd.Series, set[str]]] = []
     if "kd_ratio" in evidence.varied and is_numeric(frame, "kd_ratio"):
         ratio = frame["kd_ratio"]
@@ -212,17 +213,17 @@ def _comparisons(evidence: Evidence) -> list[_Draft]:
             masks = (frame["method"] == first) & taught, frame["method"] == second
             pairs.append(("method", f"method {first}", f"method {second}", *masks, {"method", *TEACHER_AXES}))
     for axis, a, b, first_mask, second_mask, free in pairs:
-        match = [name for name in evidence.varied if name not in free]
+        match = [name for name in leaves if name not in free]
         for metric in ("select_kl", "select_ce"):
-            draft = _comparison(evidence, axis, (a, b), (first_mask, second_mask), match, metric)
+            draft = _comparison(by_leaf, axis, (a, b), (first_mask, second_mask), match, metric)
             drafts += [draft] if draft else []
     return drafts
 
 
 def _comparison(
-    evidence: Evidence, axis: str, names: tuple[str, str], masks: tuple[pd.Series, pd.Series], match: list[str], metric: str
+    frame: pd.DataFrame, axis: str, names: tuple[str, str], masks: tuple[pd.Series, pd.Series], match: list[str], metric: str
 ) -> _Draft | None:
-    found = compare(evidence.frame, *masks, match, metric, "min")
+    found = compare(frame, *masks, match, metric, "min")
     if found is None:
         return None
     a, b = names

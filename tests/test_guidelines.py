@@ -217,3 +217,25 @@ def test_without_a_sweep_file_the_axes_are_what_varies() -> None:
 )
 def test_numbers_read_as_a_person_writes_them(value: Any, text: str) -> None:
     assert number(value) == text
+
+
+def test_methods_with_their_own_learning_rates_are_compared_at_equal_ones() -> None:
+    rates = [1e-5, 1e-4, 1e-3]
+    search = {
+        "method": {"grid": ["lora", "neo"]},
+        "lora_rate": {"sets": "learning_rate", "grid": rates, "when": {"method": "lora"}},
+        "neo_rate": {"sets": "learning_rate", "grid": [*rates, 1e-2], "when": {"method": "neo"}},
+    }
+    settings = [{"method": m, f"{m}_rate": r} for m, rs in (("lora", rates), ("neo", [*rates, 1e-2])) for r in rs]
+
+    def surface(params: dict[str, Any]) -> float:
+        rate = params.get("lora_rate") or params["neo_rate"]
+        return 4.6 + 0.3 * (math.log10(rate) + 4) ** 2 - (0.1 if params["method"] == "neo" else 0)
+
+    records = planted(settings, surface, noise=0.01, seeds=(0, 1, 2))
+    config = sweep(search=search, sampler={"name": "grid", "seeds": [0, 1, 2]})
+    found = {g.hypothesis: g for g in derive(records, config)}
+    claim = found["select_ce is lower with method neo than with method lora"]
+    assert claim.verdict == "supported" and "over 3 settings that are equal otherwise" in claim.claim
+    assert claim.effect == pytest.approx(0.1, abs=0.02)
+    assert found["select_ce depends on neo_rate"].verdict == "supported"
