@@ -10,7 +10,7 @@ STAMP := $(VENV)/.neo_ray-installed
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST = $(PY) -m pytest -q -rs $(if $(REPORTS),--junitxml=$(REPORTS)/$@.xml)
 
-.PHONY: quickstart test check unit test-all rest slow quickstart-short clean
+.PHONY: quickstart test check unit test-all rest slow quickstart-short bench clean
 .DEFAULT_GOAL := test
 
 quickstart: $(STAMP)
@@ -39,6 +39,12 @@ slow: $(STAMP)
 quickstart-short: $(STAMP)
 	results=$$(mktemp -d) && trap 'rm -rf "$$results"' EXIT && $(PY) -m neo_ray.sweep sweeps/quickstart.yaml \
 	  storage.path="$$results" sampler.num_trials=4 sampler.startup_trials=2 training.tokens=1500 evaluation.max_tokens=500
+
+# Ratios between ways of doing a step, measured here: a few minutes on two idle cores. docs/benchmarks/README.md says what they mean.
+bench: $(STAMP)
+	$(PY) -m neo_ray.bench step --out docs/benchmarks
+	$(PY) -m neo_ray.bench loss --out docs/benchmarks
+	$(PY) -m neo_ray.bench table docs/benchmarks
 
 # torch first: its pin takes the build for a CPU on a machine whose index offers that, the one for CUDA elsewhere.
 $(STAMP): pyproject.toml constraints.txt

@@ -178,7 +178,9 @@ def _sweep(folder: Path) -> tuple[SweepConfig | None, list[str]]:
     try:
         return load(path), []
     except ConfigError as error:
-        return None, [f"sweep.yaml cannot be used ({error}). Assumed: {assumed}."]
+        raise ValueError(
+            f"{path}: cannot be used ({error}); to go by the records alone give its trials.jsonl elsewhere"
+        ) from None
 
 
 def _states(records: Sequence[TrialRecord]) -> dict[str, int]:

@@ -30,6 +30,8 @@ class StepPlan:
     """[S] evaluations that are due by the end of each step, ascending to the number of evaluation points."""
     rung_tokens: tuple[float, ...]
     """Nominal token count of each rung: the same for every batch size."""
+    batch_size: int
+    """Sequences of a step, as asked for: the last step may have fewer, and so may the only one."""
 
     @property
     def num_steps(self) -> int:
@@ -54,10 +56,6 @@ class StepPlan:
         starts = [(turn * world_size + rank) * micro_batch_size for turn in range(count)]
         return [indices[start : start + micro_batch_size] for start in starts]
 
-    @property
-    def batch_size(self) -> int:
-        return int(np.diff(self.starts).max())
-
 
 def accumulation_steps(batch_size: int, world_size: int, micro_batch_size: int) -> int:
     """Micro-batches of one step on each worker."""
@@ -81,7 +79,8 @@ def plan_steps(num_tokens: np.ndarray, num_labels: np.ndarray, training: Trainin
     rungs = np.searchsorted(rung_tokens, tokens, side="right")
     rungs[-1] = points
     labels = np.diff(np.concatenate([[0], stream_labels[ends - 1]]))
-    return StepPlan(order[: ends[-1]], np.concatenate([[0], ends]), tokens, labels, rungs, rung_tokens)
+    starts = np.concatenate([[0], ends])
+    return StepPlan(order[: ends[-1]], starts, tokens, labels, rungs, rung_tokens, training.batch_size)
 
 
 def _stream(num_tokens: np.ndarray, training: TrainingConfig, seed: int) -> np.ndarray:

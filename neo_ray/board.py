@@ -24,6 +24,9 @@ class Board:
         self.failures: dict[str, int] = {}
         self.in_slot: dict[int, str] = {}
         self.slots: set[int] = set()
+        self.ended: dict[int, int] = {}
+        self.hung: set[int] = set()
+        self.abandoned: dict[str, str] = {}
         self.cancelled: set[str] = set()
         self.closed = False
         self.changed = asyncio.Condition()
@@ -63,31 +66,70 @@ class Board:
     async def finish(self, slot: int, trial: str, end: dict[str, Any]) -> None:
         """A slot is done with its trial, however it ended."""
         async with self.changed:
-            self.in_slot.pop(slot, None)
-            self._add(trial, {"kind": "end", **end})
-            self.changed.notify_all()
+            if self.in_slot.get(slot) == trial:  # several ranks may say so
+                del self.in_slot[slot]
+                self._end(slot, trial, end)
+                self.changed.notify_all()
 
-    async def cancel(self, trial: str) -> None:
-        """The scheduler stopped a trial: its slot sees it between two steps."""
+    async def using(self, trial: str, micro_batch_size: int) -> None:
+        """A slot says what it tries, so that a death for want of memory is known to have happened with it."""
+        self.jobs[trial]["micro_batch_size"] = micro_batch_size
+
+    async def retry_smaller(self, slot: int, trial: str, message: str) -> None:
+        """A trial ran out of memory: back to the front of the queue with half the micro-batch, from its last checkpoint."""
         async with self.changed:
+            if self.in_slot.get(slot) == trial:  # several ranks may say so
+                del self.in_slot[slot]
+                self._halve(trial, message)
+
+    async def cancel(self, trial: str, abandoned: str | None = None) -> None:
+        """The scheduler stopped a trial: its slot sees it between two steps. `abandoned`: it was no decision but a fault."""
+        async with self.changed:
+            if abandoned is not None:
+                self.abandoned[trial] = abandoned
+            elif trial not in self.cancelled and not any(item["kind"] == "end" for item in self.items.get(trial, ())):
+                self._add(trial, {"kind": "stop"})
             self.cancelled.add(trial)
             self.changed.notify_all()
 
-    async def slot_lost(self, slot: int, message: str, cause: str) -> str | None:
-        """A slot's workers died: its trial goes to the front of the queue, to resume, a bounded number of times."""
+    async def hang(self, slot: int) -> None:
+        """A worker says that its trial made no progress for too long, before it ends itself."""
+        self.hung.add(slot)
+
+    async def give_back(self, slot: int, trial: str) -> None:
+        """A slot cannot work at all (its models do not load): its trial is not to blame."""
+        async with self.changed:
+            if self.in_slot.get(slot) == trial:
+                del self.in_slot[slot]
+                self.queue.appendleft(trial)
+                self.changed.notify_all()
+
+    async def slot_lost(self, slot: int, message: str, cause: str) -> tuple[str | None, int]:
+        """A slot's workers died: its trial goes to the front of the queue, to resume, a bounded number of times.
+
+        Returns the trial, and how many trials ended in this slot so far.
+        """
         async with self.changed:
             trial = self.in_slot.pop(slot, None)
-            if trial is None:
-                return None
-            self.failures[trial] = self.failures.get(trial, 0) + 1
-            if self.failures[trial] > self.max_failures:
-                error = f"its worker died {self.failures[trial]} times; the last time: {message}"
-                self._add(trial, {"kind": "end", "state": "FAILED", "cause": cause, "error": error})
-            else:
-                self._add(trial, {"kind": "attempt", "message": message})
-                self.queue.appendleft(trial)
-            self.changed.notify_all()
-            return trial
+            if slot in self.hung:
+                self.hung.discard(slot)
+                cause = "hung"
+            if trial is not None:
+                self._return(slot, trial, message, cause)
+                self.changed.notify_all()
+            return trial, self.ended.get(slot, 0)
+
+    def _return(self, slot: int, trial: str, message: str, cause: str) -> None:
+        if cause == "out_of_memory" and self.jobs[trial].get("micro_batch_size", 1) > 1:
+            self._halve(trial, message)
+            return
+        self.failures[trial] = self.failures.get(trial, 0) + 1
+        if self.failures[trial] > self.max_failures:
+            error = f"its worker died {self.failures[trial]} times; the last time: {message}"
+            self._end(slot, trial, {"state": "FAILED", "cause": cause, "error": error})
+        else:
+            self._add(trial, {"kind": "attempt", "message": message})
+            self.queue.appendleft(trial)
 
     async def items_after(self, trial: str, seen: int) -> list[Item]:
         """What happened to a trial beyond the `seen` first items; empty after a while, to be asked again."""
@@ -107,6 +149,19 @@ class Board:
             self.closed = True
             self.changed.notify_all()
             return self.slots
+
+    def _end(self, slot: int, trial: str, end: dict[str, Any]) -> None:
+        if end["state"] == "PRUNED" and trial in self.abandoned:
+            end = {**end, "state": "FAILED", "cause": "error", "error": self.abandoned[trial]}
+        self.ended[slot] = self.ended.get(slot, 0) + 1
+        self._add(trial, {"kind": "end", **end})
+
+    def _halve(self, trial: str, message: str) -> None:
+        size = self.jobs[trial]["micro_batch_size"]
+        self.jobs[trial]["micro_batch_size"] = (size + 1) // 2
+        self._add(trial, {"kind": "attempt", "message": f"micro-batch of {size} halved: {message}"})
+        self.queue.appendleft(trial)
+        self.changed.notify_all()
 
     def _add(self, trial: str, item: Item) -> None:
         item = {"trial": trial, "at": time.time(), **item}

@@ -15,11 +15,13 @@ USED_BY = {
 }
 """Section → the methods that read it."""
 WHY = {"lora": "no adapter", "distill": "no teacher in the loss"}
+PARAMETER_OF = {"jsd_beta": ("jsd",), "skew": ("skew_kl", "skew_reverse_kl"), "head_mass": ("adaptive_kl",)}
+"""Parameter of a divergence → the divergences that read it."""
 
 
 def cautions(config: SweepConfig, space: Space) -> list[str]:
     """Everything about a sweep that a person would want to hear before it starts."""
-    checks = (_unused_axes, _unused_sections, _impossible_axes, _sampler, _scheduler, _training, _data, _cluster)
+    checks = (_unused_axes, _unused_sections, _divergence, _impossible_axes, _sampler, _scheduler, _training, _data, _cluster)
     return [line for check in checks for line in check(config, space)]
 
 
@@ -45,6 +47,14 @@ def _unused_sections(config: SweepConfig, space: Space) -> Iterator[str]:
             yield f"section `{section}` is ignored: method {' and '.join(sorted(methods))} has {WHY[section]}"
     if methods & set(USED_BY["distill"]) and space.reach("kd_ratio") == [0.0]:
         yield "distill.kd_ratio is 0: the teacher has no weight in the loss"
+
+
+def _divergence(config: SweepConfig, space: Space) -> Iterator[str]:
+    divergences = space.reach("divergence")
+    for name, users in PARAMETER_OF.items():
+        given = space.setters(name) or name in config.distill.model_fields_set
+        if given and not set(divergences) & set(users):
+            yield f"distill.{name} is ignored: divergence {' and '.join(divergences)} does not read it"
 
 
 def _impossible_axes(config: SweepConfig, space: Space) -> Iterator[str]:
@@ -76,25 +86,29 @@ def _scheduler(config: SweepConfig, space: Space) -> Iterator[str]:
         given = sorted({"grace", "reduction_factor"} & scheduler.model_fields_set)
         if given:
             yield f"scheduler.{' and '.join(given)} is ignored: scheduler.name is none"
-    elif not any(k / points >= scheduler.grace for k in range(1, points)):
+    elif not scheduler.rungs(points):
         yield f"scheduler: asha can stop no trial: none of {points} evaluations is between grace {scheduler.grace:g} and the end"
     if config.objective.mode == "max":
         yield f"objective.mode: max looks for the worst trial; a lower {config.objective.metric} is better"
 
 
 def _training(config: SweepConfig, space: Space) -> Iterator[str]:
-    smallest, micro = min(space.reach("batch_size")), max(space.reach("micro_batch_size"))
-    if micro > smallest:
-        yield f"training.micro_batch_size: {micro} is cut to the batch_size where that is smaller ({smallest})"
+    smallest, micro = min(space.reach("batch_size")), [size for size in space.reach("micro_batch_size") if size != "auto"]
+    if micro and max(micro) > smallest:
+        yield f"training.micro_batch_size: {max(micro)} is cut to the batch_size where that is smaller ({smallest})"
     workers = config.resources.workers_per_trial
     if smallest < workers:
         yield f"training.batch_size: {smallest} sequences leave some of the {workers} workers of a trial without work"
+    if space.reach("packing") == [True] and ("padding_side" in config.training.model_fields_set or space.setters("padding_side")):
+        yield "training.padding_side is ignored: training.packing leaves no padding"
+    if True in space.reach("packing") and space.reach("micro_batch_size") == [1]:
+        yield "training.packing changes nothing: training.micro_batch_size is 1, and a single sequence is never padded"
 
 
 def _data(config: SweepConfig, space: Space) -> Iterator[str]:
     data = config.data
     if _exists(data.source) or is_quickstart(data.source):
-        for key in sorted({"subset", "split"} & data.model_fields_set):
+        for key in sorted({"subset", "split", "revision"} & data.model_fields_set):
             yield f"data.{key} is ignored: {data.source} is not a hub data set"
     models = {"teacher.model": config.teacher.model if config.teacher else "", "student.model": config.student.model or ""}
     for where, name in {**models, "data.source": data.source}.items():

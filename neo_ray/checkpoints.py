@@ -27,6 +27,7 @@ def gather(engine: Any, parameters: dict[str, nn.Parameter]) -> dict[str, torch.
 
 def gather_moments(engine: Any, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     """AdamW moments as `name//exp_avg`, `name//exp_avg_sq`. Every rank calls it, after at least one step."""
+    _link_moments(engine)
     return {
         f"{name}//{moment}": _full(engine, parameter, moment).detach().cpu().clone()
         for name, parameter in parameters.items()
@@ -131,6 +132,11 @@ def _create_moments(engine: Any, step: int) -> None:
             "exp_avg": torch.zeros_like(master),
             "exp_avg_sq": torch.zeros_like(master),
         }
+    _link_moments(engine)
+
+
+def _link_moments(engine: Any) -> None:
+    """Stages 1 and 2 find a weight's moments by links, which DeepSpeed makes when only the first group's moments exist."""
     if _stage(engine) in (1, 2):
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()

@@ -5,6 +5,7 @@ Neither torch nor ray is imported here, so that every mistake in a file is repor
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,6 +106,17 @@ class SchedulerConfig(Section):
     reduction_factor: float = Field(3, gt=1)
     """At each rung about 1 / reduction_factor of the trials go on."""
 
+    def rungs(self, points: int) -> tuple[int, ...]:
+        """Evaluations (from 1) at which trials are stopped: the first after `grace`, then each `reduction_factor` times later.
+
+        The last evaluation is none: a trial that reached it is complete.
+        """
+        found, rung = [], max(1, math.ceil(self.grace * points - 1e-9))
+        while self.name == "asha" and rung < points:
+            found.append(rung)
+            rung = math.ceil(rung * self.reduction_factor - 1e-9)
+        return tuple(found)
+
 
 class ResourcesConfig(Section):
     address: str | None = None
@@ -124,6 +136,8 @@ class ResourcesConfig(Section):
     """Refuse trials that take more memory than there is, by the plan's estimate."""
     max_failures: int = Field(2, ge=0)
     """How often a trial whose worker died is put back, from its last checkpoint."""
+    silence_minutes: float = Field(30, gt=0)
+    """A trial without an optimizer step for so long is hung: its workers are replaced."""
 
     @field_validator("concurrency")
     @classmethod

@@ -89,9 +89,14 @@ class TokenData:
 
 @dataclass(frozen=True)
 class Batch:
+    """What a model reads, and the labels; all int64."""
+
     input_ids_BL: torch.Tensor
-    attention_mask_BL: torch.Tensor
+    attention_mask_BL: torch.Tensor | None
+    """0 on padding, else 1; None for packed sequences, which models tell apart by their positions."""
     labels_BL: torch.Tensor
+    position_ids_BL: torch.Tensor
+    """Counted from 0 in every sequence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,18 +161,28 @@ def collate(
     pad_id: int,
     device: str | torch.device = "cpu",
     side: Literal["right", "left"] = "right",
+    packing: bool = False,
 ) -> Batch:
-    """Pad (input_ids_L, labels_L) pairs to the longest: int64 ids and labels (−100 on padding), a mask of 0 and 1.
+    """(input_ids_L, labels_L) pairs as one batch: padded to the longest on `side`, or packed end to end in one row.
 
-    Labels come from the examples and the mask from their lengths, never from `pad_id`, which may be the end of a turn.
+    Labels come from the examples and the mask from their lengths, never from `pad_id`, which may be the end of a turn. The first
+    label of a sequence is left out: what stands before it is padding or another sequence.
     """
     assert examples and side in ("right", "left")
-    shape = (len(examples), max(len(ids) for ids, _ in examples))
-    ids_BL, labels_BL, mask_BL = np.full(shape, pad_id), np.full(shape, IGNORED), np.zeros(shape, np.int64)
-    for row, (ids, labels) in enumerate(examples):
-        where = slice(0, len(ids)) if side == "right" else slice(shape[1] - len(ids), shape[1])
-        ids_BL[row, where], labels_BL[row, where], mask_BL[row, where] = ids, labels, 1
-    return Batch(*(torch.from_numpy(array).to(device) for array in (ids_BL, mask_BL, labels_BL)))
+    lengths = [len(ids) for ids, _ in examples]
+    shape = (1, sum(lengths)) if packing else (len(examples), max(lengths))
+    ids_BL, labels_BL = np.full(shape, pad_id), np.full(shape, IGNORED)
+    mask_BL, positions_BL = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    row, start = 0, 0
+    for number, (ids, labels) in enumerate(examples):
+        if not packing:
+            row, start = number, 0 if side == "right" else shape[1] - len(ids)
+        where = row, slice(start, start + len(ids))
+        ids_BL[where], labels_BL[where], mask_BL[where], positions_BL[where] = ids, labels, 1, np.arange(len(ids))
+        labels_BL[row, start] = IGNORED
+        start += len(ids)
+    read, mask, scored, positions = (torch.from_numpy(a).to(device) for a in (ids_BL, mask_BL, labels_BL, positions_BL))
+    return Batch(read, None if packing else mask, scored, positions)
 
 
 def _open_split(path: Path) -> Split:

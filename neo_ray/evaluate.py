@@ -15,8 +15,8 @@ from neo_ray.losses import divergence_sum, next_labels, scored
 from neo_ray.parts import Parts, rank_and_world_size, sum_over_ranks
 from neo_ray.settings import DistillConfig, EvaluationConfig
 
-Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""input_ids_BL, attention_mask_BL → logits_BLV"""
+Forward = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""input_ids_BL, attention_mask_BL (padded on the right) → logits_BLV"""
 
 CHUNK = 256  # positions whose [chunk, V] fp32 logits are held at once: 130 MB at V = 128k
 FORWARD_KL = DistillConfig(kd_ratio=1.0, temperature=1.0, divergence="forward_kl")

@@ -196,7 +196,14 @@ def _axis_notes(evidence: Evidence, effect: AxisEffect) -> list[str]:
         f"{effect.num_capped} trials far above the untrained student were limited" if effect.num_capped else "",
         "few settings, so each run counts by itself" if effect.by_run else "",
         f"{sampler} gathers its trials where the metric is good; a grid would confirm it" if sampler == "tpe" else "",
+        _survivors(evidence),
     ]
+
+
+def _survivors(evidence: Evidence) -> str:
+    """COMPLETE trials of a sweep with early stopping are those that did well: what an effect is computed from was chosen."""
+    pruned = sum(record.state == "PRUNED" for record in evidence.records)
+    return f"{pruned} trials were stopped early by {evidence.metric}: only those that did well count" if pruned else ""
 
 
 def _comparisons(evidence: Evidence) -> list[_Draft]:
@@ -215,13 +222,19 @@ def _comparisons(evidence: Evidence) -> list[_Draft]:
     for axis, a, b, first_mask, second_mask, free in pairs:
         match = [name for name in leaves if name not in free]
         for metric in ("select_kl", "select_ce"):
-            draft = _comparison(by_leaf, axis, (a, b), (first_mask, second_mask), match, metric)
+            draft = _comparison(evidence, by_leaf, axis, (a, b), (first_mask, second_mask), match, metric)
             drafts += [draft] if draft else []
     return drafts
 
 
 def _comparison(
-    frame: pd.DataFrame, axis: str, names: tuple[str, str], masks: tuple[pd.Series, pd.Series], match: list[str], metric: str
+    evidence: Evidence,
+    frame: pd.DataFrame,
+    axis: str,
+    names: tuple[str, str],
+    masks: tuple[pd.Series, pd.Series],
+    match: list[str],
+    metric: str,
 ) -> _Draft | None:
     found = compare(frame, *masks, match, metric, "min")
     if found is None:
@@ -235,11 +248,15 @@ def _comparison(
         "undecided": f"Whether {metric} is lower with {a} than with {b} is open: {means}",
     }
     notes = [] if found.num_pairs else ["the two sides differ in other parameters, too"]
+    survivors = _survivors(evidence)
+    if survivors and metric != evidence.metric:
+        # Selected by one metric, a second one that shares its noise differs between groups where no group differs.
+        claims = dict.fromkeys(claims, claims["undecided"])
+        notes.append(f"{survivors}, which biases {metric}; a sweep without early stopping would decide it")
     units = found.num_pairs or len(found.ids)
     hypothesis = f"{metric} is lower with {a} than with {b}"
-    return _Draft(
-        axis, hypothesis, claims, metric, found.gain, found.interval, found.p, None, found.ids, units, found.num_seeds, notes
-    )
+    p = 1.0 if survivors and metric != evidence.metric else found.p
+    return _Draft(axis, hypothesis, claims, metric, found.gain, found.interval, p, None, found.ids, units, found.num_seeds, notes)
 
 
 def _references(evidence: Evidence) -> list[_Draft]:

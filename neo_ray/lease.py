@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import os
 import socket
@@ -25,19 +26,15 @@ SILENCE_SECONDS = 60.0
 def lease(folder: Path, silence_seconds: float = SILENCE_SECONDS) -> Iterator[None]:
     """Hold `<folder>/lease.json`. A dead process on this host or silence is taken over; a living driver is refused.
 
+    A driver whose lease another one took (it was thought dead) is interrupted: it must write nothing more.
+
     Raises:
         ConfigError: another driver is at work.
     """
     path, nonce = folder / "lease.json", uuid.uuid4().hex
     folder.mkdir(parents=True, exist_ok=True)
     while not _create(path, nonce):
-        held = _read(path)
-        if held is not None and not _abandoned(held, silence_seconds):
-            raise ConfigError(
-                f"storage.path: another driver runs this sweep (process {held.get('pid')} on {held.get('host')}, "
-                f"last sign of life {time.time() - held.get('beat', 0):.0f} s ago); wait for it, or end it"
-            )
-        _set_aside(path, held)
+        _set_aside(path, refuse_if_held(folder, silence_seconds))
     ended = threading.Event()
     thread = threading.Thread(target=_beat, args=(path, nonce, ended), daemon=True)
     thread.start()
@@ -49,6 +46,32 @@ def lease(folder: Path, silence_seconds: float = SILENCE_SECONDS) -> Iterator[No
         held = _read(path)
         if held is not None and held.get("nonce") == nonce:
             path.unlink(missing_ok=True)
+
+
+def refuse_if_held(folder: Path, silence_seconds: float = SILENCE_SECONDS) -> dict[str, Any] | None:
+    """Raises ConfigError where a living driver holds the folder; else returns the abandoned lease, if there is one.
+
+    A lease of another host is watched for as long as a driver may be silent: its clock may be another one than ours.
+    """
+    path = folder / "lease.json"
+    held = _read(path)
+    if held is None or _dead_here(held):
+        return held
+    deadline = time.monotonic() + silence_seconds
+    while held.get("host") != socket.gethostname() and time.monotonic() < deadline:
+        time.sleep(min(1.0, silence_seconds / 10))
+        found = _read(path)
+        if found is None:
+            return None
+        if found != held:
+            held = found
+            break
+    else:
+        if held.get("host") != socket.gethostname() or time.time() - held.get("beat", 0) > silence_seconds:
+            return held
+    raise ConfigError(
+        f"storage.path: another driver runs this sweep (process {held.get('pid')} on {held.get('host')}); wait for it, or end it"
+    )
 
 
 def _create(path: Path, nonce: str) -> bool:
@@ -76,9 +99,8 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _abandoned(held: dict[str, Any], silence_seconds: float) -> bool:
-    if time.time() - held.get("beat", 0) > silence_seconds:
-        return True
+def _dead_here(held: dict[str, Any]) -> bool:
+    """The driver was a process of this host, and is none any more."""
     if held.get("host") != socket.gethostname():
         return False
     try:
@@ -104,10 +126,15 @@ def _set_aside(path: Path, held: dict[str, Any] | None) -> None:
 
 
 def _beat(path: Path, nonce: str, ended: threading.Event) -> None:
+    """A sign of life every few seconds. Storage may fail for a while: the lease is lost only to another driver."""
     while not ended.wait(HEARTBEAT_SECONDS):
         held = _read(path)
-        if held is None or held.get("nonce") != nonce:
+        if held is not None and held.get("nonce") != nonce:
+            _thread.interrupt_main()
             return
         part = path.with_name(f".lease-{nonce}")
-        part.write_text(json.dumps(_content(nonce)))
-        os.replace(part, path)
+        try:
+            part.write_text(json.dumps(_content(nonce)))
+            os.replace(part, path)
+        except OSError:
+            continue

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from neo_ray.config import SweepConfig
+from neo_ray.config import AXIS_KINDS, SweepConfig
 from neo_ray.mistakes import explain
 from neo_ray.settings import ConfigError
 
@@ -91,8 +91,14 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     if not sign or not key.strip():
         raise ConfigError(f"override `{override}`: write key=value, e.g. training.learning_rate=1e-4")
     node, parts = raw, key.strip().split(".")
-    if parts[0] == "search":  # axis names may hold dots themselves
-        parts = ["search", ".".join(parts[1:])] if len(parts) > 1 else parts
+    if parts[0] == "search" and len(parts) > 1:  # axis names may hold dots themselves
+        kind = parts[-1] if len(parts) > 2 and parts[-1] in AXIS_KINDS else None
+        name = ".".join(parts[1:-1] if kind else parts[1:])
+        if kind:  # one kind takes the place of another; conditions stay
+            axis = (raw.get("search") or {}).get(name)
+            kept = {k: v for k, v in axis.items() if k in ("when", "sets")} if isinstance(axis, dict) else {}
+            raw["search"] = {**(raw.get("search") or {}), name: kept}
+        parts = ["search", name, *([kind] if kind else [])]
     for part in parts[:-1]:
         if node.get(part) is None:
             node[part] = {}

@@ -1,10 +1,12 @@
 """How far is the student from the teacher and from the labels? Sums and counts, in fp32, in log space.
 
 Shapes: N scored positions, V real vocabulary (padded rows are sliced off before they come here).
+p is the teacher's distribution, q the student's, both softened by the temperature T.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,9 +23,9 @@ class LossSums:
 
     total: torch.Tensor
     ce: torch.Tensor
-    """Detached."""
+    """Detached; never smoothed, so that it compares with the held-out cross-entropy."""
     kd: torch.Tensor
-    """T² · divergence, detached; 0 without a teacher."""
+    """The divergence as it enters the loss, scaled for T (see `divergence_sum`), detached; 0 without a teacher."""
     count: int
 
 
@@ -39,47 +41,125 @@ def next_labels(labels_BL: torch.Tensor) -> torch.Tensor:
 
 
 def neo_loss(
-    student_NV: torch.Tensor, labels_N: torch.Tensor, teacher_NV: torch.Tensor | None, distill: DistillConfig
+    student_NV: torch.Tensor,
+    labels_N: torch.Tensor,
+    teacher_NV: torch.Tensor | None,
+    distill: DistillConfig,
+    label_smoothing: float = 0.0,
 ) -> LossSums:
-    """Σ_n (1 − λ)·CE_n + λ·T²·D(p_T ‖ q_S)_n with λ = kd_ratio (LLM-Neo, arXiv 2411.06839; T² as in Hinton et al. 2015).
+    """Σ_n (1 − λ)·CE_n + λ·T²·D(p, q)_n with λ = kd_ratio (LLM-Neo, arXiv 2411.06839; T² as in Hinton et al. 2015).
 
     Args:
         student_NV: logits with gradient, any float dtype.
         labels_N: token ids below V.
         teacher_NV: logits without gradient; None leaves plain cross-entropy (λ = 0).
+        label_smoothing: ε of CE against (1 − ε)·label + ε/V; the teacher's term has none.
     """
-    kd_ratio = 0.0 if teacher_NV is None else distill.kd_ratio
-    logits_NV = student_NV.float()
-    ce = F.cross_entropy(logits_NV, labels_N, reduction="sum")
-    kd, total = torch.zeros_like(ce), ce
-    if teacher_NV is not None:
-        kd = divergence_sum(logits_NV, teacher_NV, distill)
-        total = kd if kd_ratio == 1 else ce if kd_ratio == 0 else (1 - kd_ratio) * ce + kd_ratio * kd
+    if teacher_NV is None:
+        log_q_NV, kd_ratio = _log_softmax(student_NV, 1.0), 0.0
+        kd = log_q_NV.new_zeros(())
+    else:  # the divergence first: at T = 1 the cross-entropy shares its log-softmax, else it makes its own when that is done
+        log_q_NV, kd_ratio = _log_softmax(student_NV, distill.temperature), distill.kd_ratio
+        kd = _divergence_sum(log_q_NV, teacher_NV, distill)
+        log_q_NV = log_q_NV if distill.temperature == 1 else _log_softmax(student_NV, 1.0)
+    ce = F.nll_loss(log_q_NV, labels_N, reduction="sum")
+    hard = ce
+    if label_smoothing > 0:
+        hard = (1 - label_smoothing) * ce - label_smoothing / log_q_NV.shape[-1] * log_q_NV.sum()
+    total = kd if kd_ratio == 1 else hard if kd_ratio == 0 else (1 - kd_ratio) * hard + kd_ratio * kd
     return LossSums(total, ce.detach(), kd.detach(), labels_N.numel())
 
 
 def divergence_sum(student_NV: torch.Tensor, teacher_NV: torch.Tensor, distill: DistillConfig) -> torch.Tensor:
-    """T² · Σ_n D(p_T ‖ q_S)_n with both distributions softened by T; in nats, gradient to the student only."""
-    temperature = distill.temperature
-    log_q = F.log_softmax(student_NV.float() / temperature, dim=-1)
-    log_p = F.log_softmax(teacher_NV.detach().float() / temperature, dim=-1)
-    return temperature**2 * _DIVERGENCES[distill.divergence](log_p, log_q)
+    """T² · Σ_n D(p, q)_n, in nats; gradient to the student only. Both arguments are logits of any float dtype.
+
+    T² keeps the size of the gradient as T grows, since that of a divergence with a quadratic minimum at p = q falls like 1/T².
+    Total variation has a kink there, its gradient falls like 1/T, and so its factor is T.
+    """
+    return _divergence_sum(_log_softmax(student_NV, distill.temperature), teacher_NV, distill)
 
 
-def _forward_kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """Σ p·(log p − log q): covers what the teacher says."""
-    return (log_p.exp() * (log_p - log_q)).sum()
+def _divergence_sum(log_q_NV: torch.Tensor, teacher_NV: torch.Tensor, distill: DistillConfig) -> torch.Tensor:
+    log_p_NV = _log_softmax(teacher_NV.detach(), distill.temperature)
+    rows_N = _DIVERGENCES[distill.divergence](log_p_NV, log_q_NV, distill)
+    return distill.temperature ** (1 if distill.divergence == "total_variation" else 2) * rows_N.sum()
 
 
-def _reverse_kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """Σ q·(log q − log p): seeks the teacher's mode (MiniLLM, arXiv 2306.08543)."""
-    return (log_q.exp() * (log_q - log_p)).sum()
+def _log_softmax(logits_NV: torch.Tensor, temperature: float) -> torch.Tensor:
+    logits_NV = logits_NV.float()
+    return F.log_softmax(logits_NV if temperature == 1 else logits_NV / temperature, dim=-1)
 
 
-def _jsd(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """Jensen–Shannon: ½ KL(p ‖ m) + ½ KL(q ‖ m) with m = (p + q)/2, formed in log space."""
-    log_m = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0, device=log_p.device))
-    return 0.5 * ((log_p.exp() * (log_p - log_m)).sum() + (log_q.exp() * (log_q - log_m)).sum())
+def _kl(log_a_NV: torch.Tensor, log_b_NV: torch.Tensor) -> torch.Tensor:
+    """KL(a ‖ b) = Σ a·(log a − log b), [N]."""
+    return (log_a_NV.exp() * (log_a_NV - log_b_NV)).sum(dim=-1)
 
 
-_DIVERGENCES = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd}
+def _log_mixture(log_a_NV: torch.Tensor, log_b_NV: torch.Tensor, share: float) -> torch.Tensor:
+    """log(share·a + (1 − share)·b) with 0 ≤ share < 1, formed in log space."""
+    log_odds = math.log(share / (1 - share)) if share else -math.inf
+    return torch.logaddexp(log_a_NV + log_odds, log_b_NV) + math.log1p(-share)
+
+
+def _forward_kl(log_p_NV: torch.Tensor, log_q_NV: torch.Tensor, distill: DistillConfig) -> torch.Tensor:
+    """KL(p ‖ q): covers what the teacher says."""
+    return _kl(log_p_NV, log_q_NV)
+
+
+def _reverse_kl(log_p_NV: torch.Tensor, log_q_NV: torch.Tensor, distill: DistillConfig) -> torch.Tensor:
+    """KL(q ‖ p): seeks the teacher's mode (MiniLLM, arXiv 2306.08543)."""
+    return _kl(log_q_NV, log_p_NV)
+
+
+def _jsd(log_p_NV: torch.Tensor, log_q_NV: torch.Tensor, distill: DistillConfig) -> torch.Tensor:
+    """β·KL(p ‖ m) + (1 − β)·KL(q ‖ m) with m = β·p + (1 − β)·q: eq. 1 of GKD (arXiv 2306.13649), and TRL's convention.
+
+    It vanishes at both ends: divided by β it tends to KL(p ‖ q) as β → 0, divided by 1 − β to KL(q ‖ p) as β → 1.
+    """
+    beta, log_m_NV = distill.jsd_beta, _log_mixture(log_p_NV, log_q_NV, distill.jsd_beta)
+    return beta * _kl(log_p_NV, log_m_NV) + (1 - beta) * _kl(log_q_NV, log_m_NV)
+
+
+def _skew_kl(log_p_NV: torch.Tensor, log_q_NV: torch.Tensor, distill: DistillConfig) -> torch.Tensor:
+    """KL(p ‖ α·p + (1 − α)·q) with α = skew (DistiLLM, arXiv 2402.03898)."""
+    return _kl(log_p_NV, _log_mixture(log_p_NV, log_q_NV, distill.skew))
+
+
+def _skew_reverse_kl(log_p_NV: torch.Tensor, log_q_NV: torch.Tensor, distill: DistillConfig) -> torch.Tensor:
+    """KL(q ‖ α·q + (1 − α)·p) with α = skew (DistiLLM, arXiv 2402.03898)."""
+    return _kl(log_q_NV, _log_mixture(log_q_NV, log_p_NV, distill.skew))
+
+
+def _adaptive_kl(log_p_NV: torch.Tensor, log_q_NV: torch.Tensor, distill: DistillConfig) -> torch.Tensor:
+    """w·KL(p ‖ q) + (1 − w)·KL(q ‖ p), w = the head's share of Σ|p − q| at each position (AKL, arXiv 2404.02657)."""
+    weight_N = _head_share(log_p_NV, log_q_NV.detach(), distill.head_mass)
+    return weight_N * _kl(log_p_NV, log_q_NV) + (1 - weight_N) * _kl(log_q_NV, log_p_NV)
+
+
+def _head_share(log_p_NV: torch.Tensor, log_q_NV: torch.Tensor, head_mass: float) -> torch.Tensor:
+    """Share of Σ|p − q| in the teacher's head: the fewest tokens that hold at least `head_mass` of p. Without gradient.
+
+    The authors' code differs in one token: it leaves the token that crosses `head_mass` to the tail unless it is the first.
+    """
+    p_NV, order_NV = log_p_NV.exp().sort(dim=-1, descending=True, stable=True)
+    gap_NV = log_q_NV.gather(-1, order_NV).exp_().sub_(p_NV).abs_()
+    del order_NV
+    total_N = gap_NV.sum(dim=-1)
+    tail_NV = p_NV.cumsum(dim=-1).sub_(p_NV) >= head_mass
+    return gap_NV.masked_fill_(tail_NV, 0).sum(dim=-1) / total_N.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _total_variation(log_p_NV: torch.Tensor, log_q_NV: torch.Tensor, distill: DistillConfig) -> torch.Tensor:
+    """½ Σ|p − q|: the most mass by which any event's probability differs, at most 1."""
+    return (log_p_NV.exp() - log_q_NV.exp()).abs().sum(dim=-1) / 2
+
+
+_DIVERGENCES = {
+    "forward_kl": _forward_kl,
+    "reverse_kl": _reverse_kl,
+    "jsd": _jsd,
+    "skew_kl": _skew_kl,
+    "skew_reverse_kl": _skew_reverse_kl,
+    "adaptive_kl": _adaptive_kl,
+    "total_variation": _total_variation,
+}

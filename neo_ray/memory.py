@@ -16,19 +16,28 @@ from typing import Any, Literal
 
 from neo_ray.assets import SMOLLM2_CONFIG, is_quickstart
 from neo_ray.config import SweepConfig
-from neo_ray.settings import LoraConfig, TrialConfig
+from neo_ray.settings import LoraConfig, TrialConfig, is_named
 
 FP32, BF16 = 4, 2
 # Live [N, V] fp32 tensors at the peak of loss and backward: logits of the whole batch and of the scored positions, log-softmaxes,
-# probabilities and their gradients.
-LOSS_TENSORS = {"none": 5, "forward_kl": 9, "reverse_kl": 9, "jsd": 12}
+# probabilities and their gradients. Counted (tests/test_losses.py), the most over kd_ratio and temperature.
+LOSS_TENSORS = {
+    "none": 5,
+    "forward_kl": 8,
+    "reverse_kl": 9,
+    "jsd": 12,
+    "skew_kl": 11,
+    "skew_reverse_kl": 13,
+    "adaptive_kl": 10,
+    "total_variation": 9,
+}
 # Saved for the backward pass, bytes per token and layer. Norms work in fp32 (2 × 4 H); queries, attention output and the inputs
 # of the linear layers make up the rest of H, gate, its SiLU, up and their product 4 of the MLP's width.
 HIDDEN_BYTES_ADAPTER, HIDDEN_BYTES_FULL = 24, 32
 RUNTIME_BYTES = {"cpu": 600_000_000, "gpu": 700_000_000}
 """Python with torch, transformers and DeepSpeed; on a GPU the CUDA context."""
 ZERO_BUCKET_ELEMENTS = 500_000_000
-"""DeepSpeed's `reduce_bucket_size`, allocated whole in every backward pass from stage 1 on."""
+"""DeepSpeed's default `reduce_bucket_size`, which is allocated whole in every backward pass from stage 1 on."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,15 @@ class ModelShape:
             "up_proj": (hidden, wide),
             "down_proj": (wide, hidden),
         }
+
+    @property
+    def layers(self) -> dict[str, tuple[int, int]]:
+        """Full name → (in, out) of every layer with weights; a norm is (1, hidden)."""
+        hidden = self.hidden_size
+        block = {f"{'mlp' if i > 3 else 'self_attn'}.{name}": sizes for i, (name, sizes) in enumerate(self.linear_layers.items())}
+        block |= {"input_layernorm": (1, hidden), "post_attention_layernorm": (1, hidden)}
+        rest = {"model.embed_tokens": (self.vocab_size, hidden), "model.norm": (1, hidden), "lm_head": (hidden, self.vocab_size)}
+        return rest | {f"model.layers.{n}.{name}": sizes for n in range(self.num_layers) for name, sizes in block.items()}
 
     @property
     def layer_parameters(self) -> int:
@@ -170,14 +188,25 @@ def model_shapes(config: SweepConfig) -> tuple[ModelShape | None, ModelShape | N
 
 
 def adapter_parameters(shape: ModelShape, lora: LoraConfig) -> int:
-    """Parameters of the low-rank branch: rank × (in + out) of each adapted layer; DoRA adds a magnitude per output."""
-    layers = shape.linear_layers
-    groups = {"all-linear": list(layers), "attention": list(layers)[:4], "mlp": list(layers)[4:]}
-    wanted = lora.target_modules
-    names = groups.get(wanted, [wanted]) if isinstance(wanted, str) else list(wanted)
-    adapted = [layers[name] for name in {n.rsplit(".", 1)[-1] for n in names} if name in layers]
-    magnitudes = sum(n_out for _, n_out in adapted) if lora.variant == "dora" else 0
-    return shape.num_layers * (sum(lora.rank * (n_in + n_out) for n_in, n_out in adapted) + magnitudes)
+    """Parameters that are trained: rank × (in + out) of each adapted layer, and whole layers (`modules_to_save`).
+
+    DoRA adds a magnitude per output, MoSLoRA a mixer of rank × rank.
+    """
+    layers = {name: sizes for name, sizes in shape.layers.items() if not is_named(name, lora.modules_to_save)}
+    total = sum(n_in * n_out for name, (n_in, n_out) in shape.layers.items() if name not in layers)
+    for name, (n_in, n_out) in layers.items():
+        if not _is_adapted(name, lora.target_modules):
+            continue
+        rank = lora.rank_of(name)
+        total += rank * (n_in + n_out) + {"dora": n_out, "moslora": rank * rank}.get(lora.variant, 0)
+    return total
+
+
+def _is_adapted(name: str, wanted: str | tuple[str, ...]) -> bool:
+    groups = {"all-linear": "_proj", "attention": "self_attn.", "mlp": "mlp."}
+    if isinstance(wanted, str):
+        return groups[wanted] in name if wanted in groups else is_named(name, (wanted,))
+    return is_named(name, wanted)
 
 
 def compute_bytes(config: SweepConfig, trial: TrialConfig) -> int:
@@ -206,25 +235,31 @@ def memory_per_worker(config: SweepConfig, trial: TrialConfig, teacher: ModelSha
     # Under bf16 autocast a weight that is trained has a bf16 copy for as long as its backward pass needs it.
     trained_bytes = FP32 if size == FP32 else FP32 + BF16
     gathered = (student.layer_parameters + student.vocab_size * student.hidden_size) * size if shards[3] > 1 else 0
+    packed = trial.training.packing and trial.training.micro_batch(config.resources.workers_per_trial) > 1
     return {
         "frozen student": frozen * size // shards[3] + gathered,
         "teacher": teacher.num_parameters * size if teacher else 0,
         "trained weights": trained * trained_bytes // shards[3],
         "gradients": trained * FP32 // shards[2],
         "optimizer": trained * (2 * FP32 + (FP32 if stage else 0)) // shards[1],
-        "ZeRO bucket": _bucket_bytes(config, trial, trained),
-        "activations": activation_bytes(micro_batch_tokens(config, trial), trial, student, size),
+        "ZeRO bucket": _bucket_bytes(trial, trained),
+        "activations": activation_bytes(micro_batch_tokens(config, trial), trial, student, size, packed),
         "logits and loss": loss_bytes(config, trial, student, size),
         "runtime": RUNTIME_BYTES["gpu" if config.resources.gpus_per_worker else "cpu"],
     }
 
 
-def activation_bytes(num_tokens: int, trial: TrialConfig, shape: ModelShape, size: int) -> int:
-    """Kept for the backward pass of a micro-batch; with gradient checkpointing each layer's input, and one layer in full."""
+def activation_bytes(num_tokens: int, trial: TrialConfig, shape: ModelShape, size: int, packed: bool = False) -> int:
+    """Kept for the backward pass of a micro-batch; with gradient checkpointing each layer's input, and one layer in full.
+
+    Packed sequences need a mask, [N, N] in the compute dtype, and with one PyTorch's attention keeps keys and values once a
+    query head. Assumption: that attention (sdpa) is used; flash attention has no mask.
+    """
     hidden = (HIDDEN_BYTES_ADAPTER if trial.has_adapter else HIDDEN_BYTES_FULL) * shape.hidden_size
-    keys = 2 * size * shape.num_kv_heads * shape.head_dim
+    keys = 2 * size * (shape.num_heads if packed else shape.num_kv_heads) * shape.head_dim
+    mask = size * num_tokens if packed else 0
     low_rank = 7 * size * trial.lora.rank if trial.has_adapter else 0
-    layer = hidden + keys + 4 * size * shape.intermediate_size + low_rank
+    layer = hidden + keys + mask + 4 * size * shape.intermediate_size + low_rank
     if trial.training.gradient_checkpointing:
         return num_tokens * (shape.num_layers * size * shape.hidden_size + layer)
     return num_tokens * shape.num_layers * layer
@@ -240,13 +275,16 @@ def loss_bytes(config: SweepConfig, trial: TrialConfig, shape: ModelShape, size:
 
 def micro_batch_tokens(config: SweepConfig, trial: TrialConfig) -> int:
     """Tokens of one forward pass where every example is as long as it may be."""
-    return min(trial.training.micro_batch_size, trial.training.batch_size) * config.data.max_length
+    return trial.training.micro_batch(config.resources.workers_per_trial) * config.data.max_length
 
 
-def _bucket_bytes(config: SweepConfig, trial: TrialConfig, trained: int) -> int:
+def reduce_bucket_elements(trained: int) -> int:
+    """DeepSpeed's `reduce_bucket_size` for so many trained parameters: all of them at once, up to its own default."""
+    return max(1, min(trained, ZERO_BUCKET_ELEMENTS))
+
+
+def _bucket_bytes(trial: TrialConfig, trained: int) -> int:
     if trial.deepspeed.zero_stage == 0:
         return 0
     zero = trial.deepspeed.extra.get("zero_optimization") or {}
-    elements = int(zero.get("reduce_bucket_size", ZERO_BUCKET_ELEMENTS))
-    # A CPU hands out memory page by page, so that only what the gradients fill is ever taken.
-    return FP32 * (elements if config.resources.gpus_per_worker else min(elements, trained))
+    return FP32 * int(zero.get("reduce_bucket_size", reduce_bucket_elements(trained)))

@@ -40,6 +40,14 @@ def reason(item: Any) -> str:
     message = _IN_THE_FILES_WORDS.get(item["type"], item["msg"].removeprefix("Value error, "))
     if item["type"] == "string_type" and isinstance(value, (int, float)):
         message += "; put a number in quotes"
+    if isinstance(value, (list, tuple)) and item["type"] in (
+        "int_type",
+        "float_type",
+        "string_type",
+        "literal_error",
+        "bool_type",
+    ):
+        message += "; several values to try go under `search`, as {choice: [...]} or {grid: [...]}"
     shown = "" if isinstance(value, (dict, BaseModel)) else f" (got {value!r})"
     return f"{message}{shown}{guess(value, known)}"
 

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import hashlib
+import inspect
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +17,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from neo_ray.memory import cached_snapshot
 from neo_ray.quickstart import without_progress_bars
 from neo_ray.settings import ConfigError
 
@@ -59,8 +63,7 @@ def load_model(
         ConfigError: at YAML path `where`: not found, not reachable, no safetensors, missing weights, an unknown kind of head.
     """
     with loading(model, where) as source:
-        if Path(source).is_dir() and not any(Path(source).glob("*.safetensors")):
-            raise ConfigError(f"{where}: {model} holds no *.safetensors; pickled weights run code when loaded and are refused")
+        check_weights(source, where)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
@@ -121,6 +124,60 @@ def prove_shared_vocabulary(teacher_tokenizer: Any, student_tokenizer: Any, teac
     return vocabulary
 
 
+def num_layers(model: str, revision: str | None, trust_remote_code: bool, where: str) -> int:
+    """From the model's config alone. Raises ConfigError."""
+    return int(_text_config(model, revision, trust_remote_code, where).num_hidden_layers)
+
+
+def outline(model: str, revision: str | None, trust_remote_code: bool, where: str) -> Any:
+    """The model without weights (on the meta device): which layers it has, and how they are called. Raises ConfigError."""
+    with loading(model, where) as source, torch.device("meta"):
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def check_weights(model: str, where: str) -> None:
+    """A local folder's weights are safetensors, each of them whole. Raises ConfigError. Hub names are not looked at."""
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        return
+    shards = sorted(folder.glob("*.safetensors"))
+    if not shards:
+        raise ConfigError(f"{where}: {model} holds no *.safetensors; pickled weights run code when loaded and are refused")
+    for shard in shards:
+        try:
+            with safe_open(shard, framework="pt") as opened:
+                opened.keys()
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{where}: {shard} is no whole safetensors file ({str(error).splitlines()[0]})") from None
+
+
+def identity(model: str, revision: str | None) -> str:
+    """What the weights are: a digest of a local folder, the commit of a hub model that is in the cache, else its name."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return weights_digest(folder, [])
+    snapshot = cached_snapshot(model, revision)
+    return f"{model}@{snapshot.name if snapshot else revision or 'main'}"
+
+
+def weights_digest(source: Path, choice: list[Any]) -> str:
+    """Identifies source and choice wherever the source lies.
+
+    assumption: files of one size that agree in 64 evenly spaced blocks (the first holds the header) hold the same weights;
+    hashing all of 16 GB would take a minute.
+    """
+    digest = hashlib.sha256(json.dumps(choice).encode() + (source / "config.json").read_bytes())
+    for shard in sorted(source.glob("*.safetensors")):
+        size_bytes = shard.stat().st_size
+        digest.update(f"{shard.name} {size_bytes}".encode())
+        with open(shard, "rb") as file:
+            for block in range(64):
+                file.seek(size_bytes * block // 64)
+                digest.update(file.read(1 << 16))
+    return digest.hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class Head:
     """What turns the last hidden state into logits: z = cap·tanh(scale·(W h + b) / cap)."""
@@ -162,34 +219,85 @@ def output_head(model: Any) -> Head:
     return Head(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None), scale)
 
 
-def last_hidden(model: Any, input_ids_BL: Tensor, attention_mask_BL: Tensor | None = None) -> Tensor:
+def last_hidden(
+    model: Any, input_ids_BL: Tensor, attention_mask_BL: Tensor | None = None, position_ids_BL: Tensor | None = None
+) -> Tensor:
     """hidden_BLH after the final norm. The head is never run, so no tensor of the vocabulary's size exists.
 
     A `PeftModel`'s adapters sit inside the decoder's layers and take part.
     """
-    return decoder(model)(input_ids=input_ids_BL, attention_mask=attention_mask_BL, use_cache=False).last_hidden_state
+    network = decoder(model)
+    return network(**inputs(network, input_ids_BL, attention_mask_BL, position_ids_BL)).last_hidden_state
 
 
 def decoder(model: Any) -> Any:
     """The model without its head; what a `PeftModel` wraps."""
-    return (model.get_base_model() if hasattr(model, "get_base_model") else model).get_decoder()
+    return _without_adapter(model).get_decoder()
+
+
+def inputs(
+    model: Any, input_ids_BL: Tensor, attention_mask_BL: Tensor | None, position_ids_BL: Tensor | None = None
+) -> dict[str, Any]:
+    """Arguments of a forward pass over whole sequences; positions go to the models that take them.
+
+    Never with a cache: transformers takes packed sequences for a single one where there is one.
+    """
+    given = {"input_ids": input_ids_BL, "attention_mask": attention_mask_BL, "use_cache": False}
+    return {**given, "position_ids": position_ids_BL} if position_ids_BL is not None and takes_positions(model) else given
+
+
+def takes_positions(model: Any) -> bool:
+    return "position_ids" in inspect.signature(type(_without_adapter(model)).forward).parameters
+
+
+@torch.no_grad()
+def prove_packing(model: Any, where: str) -> None:
+    """Refuse a model whose packed sequences see each other. Its class does not tell: OPT takes positions and masks by none.
+
+    Raises:
+        ConfigError: at `training.packing`, for the model at YAML path `where`.
+    """
+    name, allowed = type(model).__name__, "training.packing: false pads instead"
+    if not takes_positions(model):
+        raise ConfigError(
+            f"training.packing: {where}: {name} takes no position ids, by which packed sequences are told apart; {allowed}"
+        )
+    ids_BL = torch.arange(9, device=model.device).remainder(model.config.get_text_config().vocab_size)[None]
+    other_BL = torch.cat([ids_BL[:, 4:], ids_BL[:, 5:]], dim=1)
+    positions_BL = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]], device=model.device)
+    one_LV, two_LV = (model(**inputs(model, ids, None, positions_BL)).logits[0, 5:].float() for ids in (ids_BL, other_BL))
+    if _differ(one_LV, two_LV, model.dtype):
+        raise ConfigError(
+            f"training.packing: {where}: packed sequences of {name} see each other, as where layers are recurrent or "
+            f"convolutional, or the mask ignores position ids; {allowed}"
+        )
+
+
+def _without_adapter(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @torch.no_grad()
 def _prove_head(model: Any, where: str) -> None:
-    """Refuse a model whose logits are not those of its `Head`.
+    """Refuse a model whose logits are not those of its `Head`, at positions counted from 0.
 
-    Names of settings do not tell: HyperCLOVA X multiplies by the `logits_scaling` that Granite divides by.
+    Names of settings do not tell: HyperCLOVA X multiplies by the `logits_scaling` that Granite divides by. RoBERTa counts from 2.
     """
     ids_BL = torch.arange(8, device=model.device).remainder(model.config.get_text_config().vocab_size)[None]
     expected_BLV = model(input_ids=ids_BL, use_cache=False).logits.float()
-    found_BLV = output_head(model).logits(last_hidden(model, ids_BL), expected_BLV.shape[-1])
-    tolerance = 1e-4 if model.dtype == torch.float32 else 2e-2  # bf16 keeps 8 bits, and the model rounds after every step
-    if not (found_BLV - expected_BLV).abs().max() <= tolerance * expected_BLV.abs().max():
+    positions_BL = torch.arange(ids_BL.shape[1], device=model.device)[None]
+    found_BLV = output_head(model).logits(last_hidden(model, ids_BL, None, positions_BL), expected_BLV.shape[-1])
+    if _differ(found_BLV, expected_BLV, model.dtype):
         raise ConfigError(
-            f"{where}: {type(model).__name__} changes its logits in a way this project does not know; "
+            f"{where}: {type(model).__name__} changes its logits, or counts positions, in a way this project does not know; "
             "known: soft-cap (Gemma), logit_scale (Cohere), logits_scaling (Granite)"
         )
+
+
+def _differ(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """By more than rounding explains: bf16 keeps 8 bits, and a model rounds after every step."""
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    return not (found - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 @contextlib.contextmanager

@@ -151,7 +151,8 @@ def _largest_trial(
         return base, {}
     alternatives = ("method", "target_modules", "variant", "divergence", "dtype", "gradient_checkpointing", "zero_stage")
     options = {name: space.reach(name) for name in alternatives if space.setters(name)}
-    options |= {n: [max(space.reach(n))] for n in ("rank", "micro_batch_size", "batch_size", "kd_ratio") if space.setters(n)}
+    growing = ("rank", "micro_batch_size", "batch_size", "kd_ratio", "packing")
+    options |= {name: [max(space.reach(name))] for name in growing if space.setters(name)}
     corners = [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
     trials = [space.trial_config(corner, base) for corner in corners]
     needs = [memory_per_worker(config, trial, teacher, student) for trial in trials]
@@ -334,7 +335,7 @@ def _scheduler(plan: Plan) -> str:
     scheduler, points = plan.config.scheduler, plan.config.evaluation.points
     if scheduler.name == "none":
         return "none: every trial runs to its end"
-    rungs = [f"{k / points:.0%}" for k in range(1, points) if k / points >= scheduler.grace]
+    rungs = [f"{rung / points:.0%}" for rung in scheduler.rungs(points)]
     kept = f"about 1 in {scheduler.reduction_factor:g} goes on"
     return f"{scheduler.name}: {kept} at {', '.join(rungs) or 'no rung before the end'}{' of its tokens' if rungs else ''}"
 

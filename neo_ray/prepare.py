@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from neo_ray import quickstart
 from neo_ray.assets import is_quickstart
 from neo_ray.config import SweepConfig
 from neo_ray.parts import Sources
+from neo_ray.space import build_space
 
 Announce = Callable[[str], None]
 
@@ -20,7 +22,7 @@ def prepare(config: SweepConfig, announce: Announce) -> Sources:
     Raises:
         ConfigError: a missing file, a bad line, another vocabulary, nothing to train on. Nothing is written then.
     """
-    from neo_ray import data, models
+    from neo_ray import adapters, data, models, pruning
 
     def local(name: str) -> str:
         return quickstart.fetch(name, config.cache, announce) if is_quickstart(name) else name
@@ -31,6 +33,15 @@ def prepare(config: SweepConfig, announce: Announce) -> Sources:
     owner, where = (student, "student.model") if student.model is not None else (teacher, "teacher.model")
     assert student_source is not None and owner is not None
     tokenizer = models.load_tokenizer(student_source, owner.revision, owner.trust_remote_code, where)
+    for source, at in ((teacher_source, "teacher.model"), (student_source, where)):
+        if source is not None:
+            models.check_weights(source, at)
+    pruning.check(config, models.num_layers(student_source, owner.revision, owner.trust_remote_code, where))
+    space = build_space(config)
+    if {"lora", "neo"} & set(space.reach("method")):
+        outline = models.outline(student_source, owner.revision, owner.trust_remote_code, where)
+        for wanted in space.reach("target_modules"):
+            adapters.target_modules(outline, tuple(wanted) if isinstance(wanted, list) else wanted)
     rows = models.vocab_rows(student_source, owner.revision, owner.trust_remote_code, where)
     models.check_context(config.data.max_length, student_source, owner.revision, owner.trust_remote_code, where)
     vocabulary = min(rows, len(tokenizer))
@@ -53,6 +64,18 @@ def prepare(config: SweepConfig, announce: Announce) -> Sources:
         student_trust_remote_code=owner.trust_remote_code,
         teacher_trust_remote_code=teacher.trust_remote_code if teacher is not None else False,
     )
+
+
+def identities(config: SweepConfig, sources: Sources) -> dict[str, str]:
+    """What the data and the weights are, whatever their path: the same strings mean the same trials."""
+    from neo_ray import models
+
+    found = {"data.source": Path(sources.data).name}
+    if config.teacher is not None and sources.teacher is not None:
+        found["teacher.model"] = models.identity(sources.teacher, sources.teacher_revision)
+    if config.student.model is not None:
+        found["student.model"] = models.identity(sources.student, sources.student_revision)
+    return found
 
 
 def make_student(config: SweepConfig, sources: Sources, announce: Announce = lambda _: None) -> Sources:

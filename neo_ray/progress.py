@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from typing import Any
 
 from rich.console import Console
@@ -19,11 +18,9 @@ BAR = 24
 class Progress:
     """Counts trials by state; safe to call from several threads."""
 
-    def __init__(self, config: SweepConfig, console: Console, planned: int, records: list[TrialRecord]) -> None:
-        self.config, self.console, self.planned = config, console, planned
+    def __init__(self, config: SweepConfig, console: Console, planned: int, slots: int, records: list[TrialRecord]) -> None:
+        self.config, self.console, self.planned, self.slots = config, console, planned, slots
         self.records = {record.id: record for record in records}
-        self.began = time.monotonic()
-        self.done_before = sum(r.finished for r in records)
         self.lock = threading.RLock()
         self.live = Live(self._text(), console=console, refresh_per_second=2, transient=True) if console.is_terminal else None
 
@@ -57,14 +54,17 @@ class Progress:
         if event == "report":
             rung = record.curve[-1]["rung"] if record.curve else 0
             return f"  {record.id} {rung}/{self.config.evaluation.points} {shown}"
-        return f"  {record.id} {state}: {shown} · {setting} · {record.seconds:.0f} s   [{self.summary()}]"
+        line = f"  {record.id} {state}: {shown} · {setting} · {record.seconds:.0f} s"
+        return line if self.live is not None else f"{line}   [{self.summary()}]"  # the bar stands right below in a terminal
 
     def summary(self) -> str:
         """`5/12 trials · 2 running · 3 pruned · best select_ce 4.51 (0003) · about 3 min left`."""
         states = [r.state for r in self.records.values()]
         done = sum(s != "RUNNING" for s in states)
         words = [f"{done}/{self.planned} trials"]
-        words += [f"{states.count(s)} {s.lower()}" for s in ("RUNNING", "PRUNED", "FAILED") if s in states]
+        running = min(self.slots, states.count("RUNNING"))  # Tune starts the next before a stopped one has left its slot
+        words += [f"{running} running"] if running else []
+        words += [f"{states.count(s)} {s.lower()}" for s in ("PRUNED", "FAILED") if s in states]
         best = self._best()
         if best is not None:
             words.append(f"best {self.config.objective.metric} {best.metrics[self.config.objective.metric]:.4f} ({best.id})")
@@ -78,10 +78,13 @@ class Progress:
         return min(scored, key=lambda r: sign * (r.metrics[metric] or 0.0), default=None)
 
     def _left(self, done: int) -> str:
-        here = done - self.done_before
-        if here == 0:
+        """From the mean time of the trials that have run, also before an interruption, and what the running ones have done."""
+        finished = [r.seconds for r in self.records.values() if r.finished and r.seconds]
+        if not finished:
             return "time left not known yet"
-        seconds = (time.monotonic() - self.began) / here * (self.planned - done)
+        running = [r for r in self.records.values() if not r.finished]
+        begun = sum(min(1.0, len(r.curve) / self.config.evaluation.points) for r in running)
+        seconds = max(0.0, self.planned - done - begun) * sum(finished) / len(finished) / self.slots
         return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"
 
     def _text(self) -> Text:

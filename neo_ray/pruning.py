@@ -23,7 +23,7 @@ from transformers import AutoConfig
 
 from neo_ray import devices
 from neo_ray.config import SweepConfig
-from neo_ray.models import Head, decoder, last_hidden, load_model, loading, output_head
+from neo_ray.models import Head, decoder, last_hidden, load_model, loading, output_head, weights_digest
 from neo_ray.quickstart import made_once
 from neo_ray.settings import ConfigError
 
@@ -45,14 +45,13 @@ def student_folder(config: SweepConfig, teacher_folder: str, calibration: Calibr
     assert prune is not None and config.teacher is not None
     source = _local_folder(teacher_folder, config.teacher.revision, "teacher.model")
     num_layers, layers = _num_layers(source), prune.layers
+    check(config, num_layers)
     if layers is not None:
-        _check_layers(layers, num_layers)
-        digest = _digest(source, list(layers))
+        digest = weights_digest(source, list(layers))
         return str(made_once(cache / "students" / digest, lambda folder: _write_pruned(source, layers, folder)))
-    if prune.keep is None or prune.keep > num_layers:
-        raise ConfigError(f"student.prune.keep: {prune.keep} layers of a teacher that has {num_layers}")
+    assert prune.keep is not None
     tokens, keep = calibration(), prune.keep
-    digest = _digest(source, [keep, *(hashlib.sha256(t.cpu().numpy().tobytes()).hexdigest() for t in tokens)])
+    digest = weights_digest(source, [keep, *(hashlib.sha256(t.cpu().numpy().tobytes()).hexdigest() for t in tokens)])
 
     def make(folder: Path) -> None:
         announce(f"student: choosing {keep} of the teacher's {num_layers} layers on {int(tokens[1].sum()):,} tokens")
@@ -63,6 +62,15 @@ def student_folder(config: SweepConfig, teacher_folder: str, calibration: Calibr
         _write_pruned(source, chosen, folder)
 
     return str(made_once(cache / "students" / digest, make))
+
+
+def check(config: SweepConfig, num_layers: int) -> None:
+    """Can so many layers be cut as asked? From the teacher's config alone. Raises ConfigError at `student.prune`."""
+    prune = config.student.prune
+    if prune is not None and prune.layers is not None:
+        _check_layers(prune.layers, num_layers)
+    if prune is not None and prune.keep is not None and prune.keep > num_layers:
+        raise ConfigError(f"student.prune.keep: {prune.keep} layers of a teacher that has {num_layers}")
 
 
 def prune_layers(source_folder: str | Path, layers: Sequence[int], target_folder: str | Path) -> str:
@@ -235,23 +243,6 @@ def _check_layers(layers: Sequence[int], num_layers: int) -> None:
             f"student.prune.layers: {wrong[0] if wrong else list(layers)} with a teacher of {num_layers} layers; "
             f"allowed: 0 to {num_layers - 1}, ascending, distinct"
         )
-
-
-def _digest(source: Path, choice: list[Any]) -> str:
-    """Identifies source and choice wherever the source lies.
-
-    assumption: files of one size that agree in 64 evenly spaced blocks (the first holds the header) hold the same weights;
-    hashing all of 16 GB would take a minute.
-    """
-    digest = hashlib.sha256(json.dumps(choice).encode() + (source / "config.json").read_bytes())
-    for shard in sorted(source.glob("*.safetensors")):
-        size_bytes = shard.stat().st_size
-        digest.update(f"{shard.name} {size_bytes}".encode())
-        with open(shard, "rb") as file:
-            for block in range(64):
-                file.seek(size_bytes * block // 64)
-                digest.update(file.read(1 << 16))
-    return digest.hexdigest()[:16]
 
 
 def _local_folder(model: str, revision: str | None, where: str) -> Path:

@@ -58,6 +58,8 @@ class TrialRecord(BaseModel):
     started: float | None = None
     """Unix time."""
     ended: float | None = None
+    stopped: bool = False
+    """The scheduler stopped it, whether or not its slot has seen it yet."""
     attempts: int = 1
     details: dict[str, Any] = {}
     """Device, dtype, number of workers, slot, trainable parameters, set-up seconds, log file."""
@@ -129,6 +131,9 @@ def apply(records: dict[str, TrialRecord], event: dict[str, Any]) -> None:
         _add_row(record, event["row"])
     elif kind == "attempt":
         record.attempts += 1
+        record.state, record.cause, record.error, record.ended = "RUNNING", None, None, None
+    elif kind == "stop":
+        record.stopped = True
     elif kind == "end":
         record.state, record.cause, record.error = event["state"], event.get("cause"), event.get("error")
         record.ended = event["time"]
@@ -137,6 +142,15 @@ def apply(records: dict[str, TrialRecord], event: dict[str, Any]) -> None:
         for name in ("tokens", "steps", "seconds", "accelerator_seconds", "peak_memory_bytes"):
             if event.get(name) is not None:
                 setattr(record, name, max(getattr(record, name), event[name]))
+
+
+def settle(journal: Journal) -> list[TrialRecord]:
+    """The records, with an end for each trial that the scheduler stopped and whose slot died before it saw that."""
+    records = fold(journal.events())
+    for record in records:
+        if record.stopped and not record.finished:
+            apply({record.id: record}, journal.write("end", record.id, state="PRUNED"))
+    return records
 
 
 def load_records(path: str | Path) -> list[TrialRecord]:

@@ -96,18 +96,17 @@ class Asha(ASHAScheduler):
     """
 
     def __init__(self, config: SweepConfig) -> None:
-        points = config.evaluation.points
-        grace = max(1, math.ceil(config.scheduler.grace * points))
+        self.rungs = config.scheduler.rungs(config.evaluation.points)
         super().__init__(
             time_attr="rung",
-            max_t=points + 1,
-            grace_period=min(grace, points),
+            max_t=config.evaluation.points + 1,
             reduction_factor=config.scheduler.reduction_factor,
             metric=config.objective.metric,
             mode=config.objective.mode,
+            stop_last_trials=False,  # else a value that is known at its rung is counted at a lower one, too
         )
         for bracket in self._brackets:
-            bracket._rungs = [(milestone, seen) for milestone, seen in bracket._rungs if milestone < points]
+            bracket._rungs = [(rung, {}) for rung in reversed(self.rungs)]
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
         return True
@@ -118,15 +117,15 @@ class Asha(ASHAScheduler):
             stub = SimpleNamespace(trial_id=record.id, config={"trial": record.id})
             super().on_trial_add(None, stub)  # type: ignore[arg-type]
             for row in record.curve:
-                if row.get(str(self._metric)) is not None:
+                if row["rung"] in self.rungs and row.get(str(self._metric)) is not None:
                     super().on_trial_result(None, stub, row)  # type: ignore[arg-type]
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         super().on_trial_add(tune_controller, _as_ours(trial))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        if result.get(str(self._metric)) is None:
-            return self.CONTINUE
+        if result.get("rung") not in self.rungs or result.get(str(self._metric)) is None:
+            return self.CONTINUE  # a large batch may step over a rung: its later value is no match for the others'
         return super().on_trial_result(tune_controller, _as_ours(trial), result)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import difflib
+import math
+import re
+from typing import Annotated, Any, Literal, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 Method = Literal["sft", "lora", "kd", "neo"]
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "adaptive_kl", "total_variation"]
 
 
 class ConfigError(ValueError):
@@ -31,10 +35,18 @@ class LoraConfig(Section):
     alpha: float = Field(128, gt=0)
     """The branch is scaled by alpha / rank (rsLoRA: alpha / √rank)."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    variant: Literal["lora", "rslora", "dora"] = "lora"
-    """Adapter variant, through peft."""
+    variant: Literal["lora", "rslora", "dora", "pissa", "olora", "moslora"] = "lora"
+    """Adapter variant. Every adapter is saved as one that plain peft loads: PiSSA and OLoRA with twice the rank."""
+    plus_ratio: float = Field(1.0, gt=0)
+    """LoRA+: the learning rate of B is this many times that of A; 1 is plain LoRA."""
     target_modules: str | tuple[str, ...] = "all-linear"
     """`all-linear` (without the head), `attention`, `mlp`, or module names."""
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, strict=True)]] = {}
+    """Layers with another rank: end of the layer's name, or an expression for it, → rank. The first that matches counts."""
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0, strict=True)]] = {}
+    """Layers with another alpha, in the same way."""
+    modules_to_save: tuple[str, ...] = ()
+    """Layers that are trained and saved whole, instead of an adapter on them, e.g. `lm_head`, `embed_tokens`, `norm`."""
 
     @field_validator("target_modules")
     @classmethod
@@ -43,14 +55,44 @@ class LoraConfig(Section):
             raise ValueError("must name at least one module")
         return value
 
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _expressions(cls, patterns: dict[str, Any]) -> dict[str, Any]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        return patterns
+
+    @staticmethod
+    def pattern_of(layer: str, patterns: dict[str, Any]) -> str | None:
+        """The pattern that counts for a layer: peft's rule."""
+        return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", layer)), None)
+
+    def rank_of(self, layer: str) -> int:
+        """The rank of the branch on a layer, given by its full name."""
+        return self.rank_pattern.get(self.pattern_of(layer, self.rank_pattern) or "", self.rank)
+
+
+def is_named(layer: str, names: tuple[str, ...]) -> bool:
+    """Is a layer, given by its full name, meant by one of the names? By its last parts, as peft has it."""
+    return any(layer == name or layer.endswith(f".{name}") for name in names)
+
 
 class DistillConfig(Section):
     kd_ratio: float = Field(0.5, ge=0, le=1)
     """Weight of the distillation term; 1 − kd_ratio weighs the cross-entropy on the labels."""
     temperature: float = Field(1.0, gt=0)
-    """Softens both distributions; the term is scaled by its square, in value and gradient."""
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    """Softens both distributions; the term is scaled by its square, in value and gradient (total variation: by itself)."""
+    divergence: Divergence = "forward_kl"
     """Distance between teacher and student; LLM-Neo uses forward KL."""
+    jsd_beta: float = Field(0.5, gt=0, lt=1)
+    """Weight of the teacher in the mixture of `jsd`, and of KL(teacher ‖ mixture); near 0 it acts like forward KL."""
+    skew: float = Field(0.1, ge=0, lt=1)
+    """How much of its own first argument `skew_kl` and `skew_reverse_kl` mix into the second; 0 is plain KL."""
+    head_mass: float = Field(0.5, gt=0, lt=1)
+    """`adaptive_kl`: the teacher's likeliest tokens up to this mass are the head, where forward KL has its weight."""
 
 
 class TrainingConfig(Section):
@@ -58,8 +100,10 @@ class TrainingConfig(Section):
     """Peak learning rate of AdamW."""
     batch_size: int = Field(8, ge=1)
     """Sequences of one optimizer step, over all workers and micro-batches."""
-    micro_batch_size: int = Field(1, ge=1)
-    """Sequences of one forward pass on one worker; accumulation follows from it and never changes the result."""
+    micro_batch_size: int | Literal["auto"] = 1
+    """Sequences of one forward pass on one worker; accumulation follows from it and never changes the result.
+
+    `auto`: a worker's share of the batch. Where memory runs out, this one and a number are halved until they fit."""
     epochs: float | None = Field(None, gt=0)
     """Length of a trial. Exactly one of epochs, tokens, steps; 1 epoch when none is given."""
     tokens: int | None = Field(None, ge=1)
@@ -77,8 +121,21 @@ class TrainingConfig(Section):
     """Clip the global gradient norm; 0 switches it off."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """`auto`: bf16 where the device computes it natively, otherwise fp32."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of each label spread over the vocabulary in the training cross-entropy; the held-out one has none."""
+    packing: bool = False
+    """Lay the sequences of a micro-batch end to end in one row, without padding; each sees itself only."""
+    padding_side: Literal["right", "left"] = "right"
+    """Where the shorter sequences of a micro-batch are filled up; packed ones are not."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    @field_validator("micro_batch_size")
+    @classmethod
+    def _at_least_one(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("must be at least 1, or auto")
+        return value
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingConfig:
@@ -88,6 +145,48 @@ class TrainingConfig(Section):
         if not given:
             object.__setattr__(self, "epochs", 1.0)
         return self
+
+    def micro_batch(self, num_workers: int) -> int:
+        """Sequences of one forward pass: as asked, at most a worker's share of the batch, which is what `auto` means."""
+        share = math.ceil(self.batch_size / num_workers)
+        return share if self.micro_batch_size == "auto" else min(self.micro_batch_size, share)
+
+
+DEEPSPEED_OURS = {
+    "train_batch_size": "training.batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.micro_batch_size",
+    "gradient_clipping": "training.max_grad_norm",
+    "bf16": "training.dtype",
+    "fp16": "training.dtype",
+    "torch_autocast": "training.dtype",
+    "optimizer": "training.learning_rate",
+    "scheduler": "training.schedule",
+}
+"""DeepSpeed's key → the setting of a sweep that it would contradict."""
+DEEPSPEED_PASSED = (
+    "zero_optimization",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "aio",
+    "activation_checkpointing",
+    "checkpoint",
+    "comms_logger",
+    "communication_data_type",
+    "compile",
+    "csv_monitor",
+    "disable_allgather",
+    "dump_state",
+    "flops_profiler",
+    "gradient_predivide_factor",
+    "memory_breakdown",
+    "prescale_gradients",
+    "steps_per_print",
+    "tensorboard",
+    "timers",
+    "wall_clock_breakdown",
+)
+"""Settings of DeepSpeed that change no result; it takes a misspelled key without a word."""
 
 
 class DeepSpeedConfig(Section):
@@ -99,19 +198,13 @@ class DeepSpeedConfig(Section):
     @field_validator("extra")
     @classmethod
     def _not_ours(cls, extra: dict[str, Any]) -> dict[str, Any]:
-        ours = {
-            "train_batch_size": "training.batch_size",
-            "train_micro_batch_size_per_gpu": "training.micro_batch_size",
-            "gradient_accumulation_steps": "training.micro_batch_size",
-            "gradient_clipping": "training.max_grad_norm",
-            "bf16": "training.dtype",
-            "fp16": "training.dtype",
-            "optimizer": "training.learning_rate",
-            "scheduler": "training.schedule",
-        }
         for key in extra:
-            if key in ours:
-                raise ValueError(f"`{key}` is set by neo_ray; use `{ours[key]}`")
+            if key in DEEPSPEED_OURS:
+                raise ValueError(f"`{key}` is set by neo_ray; use `{DEEPSPEED_OURS[key]}`")
+            if key not in DEEPSPEED_PASSED:
+                close = difflib.get_close_matches(key, DEEPSPEED_PASSED, 1)
+                hint = f" (did you mean `{close[0]}`?)" if close else ""
+                raise ValueError(f"`{key}` is no setting that is passed through{hint}; allowed: {', '.join(DEEPSPEED_PASSED)}")
         zero = extra.get("zero_optimization") or {}
         if not isinstance(zero, dict) or "stage" in zero:
             raise ValueError("`zero_optimization` must be a mapping, without `stage`: use `deepspeed.zero_stage`")
@@ -148,14 +241,15 @@ class TrialConfig(Section):
 
 
 def trial_leaves() -> dict[str, str]:
-    """Leaf name → path in `TrialConfig` (`rank` → `lora.rank`); evaluation settings are not axes."""
+    """Leaf name → path in `TrialConfig` (`rank` → `lora.rank`); evaluation settings and mappings are not axes."""
     leaves: dict[str, str] = {}
     for name, field in TrialConfig.model_fields.items():
         section = field.annotation
         if name == "evaluation":
             continue
         if isinstance(section, type) and issubclass(section, Section):
-            leaves.update({leaf: f"{name}.{leaf}" for leaf in section.model_fields if leaf != "extra"})
+            fields = {leaf: f.annotation for leaf, f in section.model_fields.items()}
+            leaves.update({leaf: f"{name}.{leaf}" for leaf, kind in fields.items() if get_origin(kind) is not dict})
         else:
             leaves[name] = name
     return leaves

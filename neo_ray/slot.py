@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,10 @@ NAMESPACE = "neo_ray"
 MAX_RESTARTS_IN_A_ROW = 3  # workers that die without finishing anything are no passing fault
 
 
+class LoadError(RuntimeError):
+    """What every trial of a slot needs cannot be loaded: no fault of a trial."""
+
+
 @dataclass(frozen=True)
 class SlotJob:
     """What every worker of a slot is told once."""
@@ -33,6 +38,8 @@ class SlotJob:
     sources: Any
     folder: str
     """Results folder; trials write into `trials/<id>`, workers log into `logs`."""
+    silence_seconds: float
+    """A trial without a step for so long is hung."""
 
 
 def slot_loop(settings: dict[str, Any]) -> None:
@@ -45,7 +52,7 @@ def slot_loop(settings: dict[str, Any]) -> None:
     rank = ray.train.get_context().get_world_rank()
     log_to(Path(job.folder) / "logs" / f"slot-{job.slot}-rank-{rank}.log")
     board = ray.get_actor(job.board, namespace=NAMESPACE)
-    device, parts = devices.local_device(), None
+    worker = Worker(board, job, rank, devices.local_device())
     while True:
         box: list[Any] = [_take(board, job.slot) if rank == 0 else None]
         dist.broadcast_object_list(box, 0)
@@ -54,60 +61,125 @@ def slot_loop(settings: dict[str, Any]) -> None:
             return
         if data is None:
             continue
-        parts = _run_trial(board, job, rank, device, parts, trial_id, TrialConfig.model_validate(data["config"]))
+        worker.run(trial_id, TrialConfig.model_validate(data["config"]), data.get("micro_batch_size"))
 
 
-def _run_trial(board: Any, job: SlotJob, rank: int, device: Any, parts: Any, trial_id: str, trial: TrialConfig) -> Any:
-    """Run one trial and tell the board how it ended. Returns parts that the next trial may use, or None."""
-    from neo_ray import devices
-    from neo_ray.parts import load_parts, rank_and_world_size, shape_of
-    from neo_ray.train import train
+@dataclass
+class Worker:
+    """One worker of a slot, and what it keeps from trial to trial."""
 
-    log = logging.getLogger("neo_ray")
-    log.info("trial %s begins: %s", trial_id, trial.model_dump_json())
-    folder = Path(job.folder) / "trials" / trial_id
-    stop = _Stop(board, trial_id) if rank == 0 else None
-    try:
-        if parts is None or parts.shape != shape_of(trial, device):
-            parts = None  # free the old ones before the new ones are loaded
-            parts = load_parts(job.sources, trial, device)
-        report = _reporter(board, trial_id)
-        outcome = train(trial, parts, report, (lambda: stop.asked) if stop else (lambda: False), folder)
-        end = {"state": outcome.state, "cause": outcome.cause, "error": outcome.error, "metrics": outcome.metrics}
-        end |= outcome.totals | {"details": {**outcome.details, "slot": job.slot}}
-        keep = parts if parts.shape[-1] else None
-    except Exception as error:
-        cause = "out_of_memory" if devices.is_out_of_memory(error) else "error"
-        log.exception("trial %s failed", trial_id)
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        message = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
-        end, keep = {"state": "FAILED", "cause": cause, "error": message, "details": {"slot": job.slot}}, None
-        if rank_and_world_size()[1] > 1:  # the other ranks wait in a collective: only a new worker group frees them
-            ray.get(board.finish.remote(job.slot, trial_id, end))
+    board: Any
+    job: SlotJob
+    rank: int
+    device: Any
+    parts: Any = None
+    fits: dict[Any, int] = field(default_factory=dict)
+    """Kind of trial → the micro-batch that an `auto` begins with, after one ran out of memory."""
+
+    def run(self, trial_id: str, trial: TrialConfig, smaller: int | None) -> None:
+        """Run one trial and tell the board how it ended. `smaller`: the micro-batch after an earlier attempt without memory."""
+        from neo_ray import devices
+        from neo_ray.parts import rank_and_world_size, shape_of
+
+        world_size = rank_and_world_size()[1]
+        kind = (shape_of(trial, self.device), trial.method, trial.training.gradient_checkpointing)
+        size = trial.training.micro_batch(world_size)
+        if trial.training.micro_batch_size == "auto":
+            size = min(size, self.fits.get(kind, size))
+        size = min(size, smaller or size)
+        trial = trial.model_copy(update={"training": trial.training.model_copy(update={"micro_batch_size": size})})
+        self._tell("using", trial_id, size)
+        log = logging.getLogger("neo_ray")
+        log.info("trial %s begins: %s", trial_id, trial.model_dump_json())
+        try:
+            end = self._train(trial_id, trial)
+        except LoadError:
+            log.exception("the models do not load")
+            self._tell("give_back", self.job.slot, trial_id)
             raise
-    finally:
-        if stop is not None:
+        except Exception as error:
+            log.exception("trial %s failed", trial_id)
+            self.parts = None
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            message = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
+            if devices.is_out_of_memory(error) and size > 1:
+                self.fits[kind] = (size + 1) // 2
+                ray.get(self.board.retry_smaller.remote(self.job.slot, trial_id, message))
+            else:
+                cause = "out_of_memory" if devices.is_out_of_memory(error) else "error"
+                end = {"state": "FAILED", "cause": cause, "error": message, "details": {"slot": self.job.slot}}
+                ray.get(self.board.finish.remote(self.job.slot, trial_id, end))
+            if world_size > 1:  # the other ranks wait in a collective: only a new worker group frees them
+                raise
+            return
+        log.info("trial %s ends: %s", trial_id, end)
+        self._tell("finish", self.job.slot, trial_id, end)
+
+    def _train(self, trial_id: str, trial: TrialConfig) -> dict[str, Any]:
+        """The trial's end as the board takes it. Parts that another trial may use are kept."""
+        from neo_ray import devices
+        from neo_ray.parts import load_parts, shape_of
+        from neo_ray.train import train
+
+        if self.parts is None or self.parts.shape != shape_of(trial, self.device):
+            self.parts = None  # free the old ones before the new ones are loaded, and what a failed trial left
+            gc.collect()
+            devices.free_memory(self.device)
+            try:
+                self.parts = load_parts(self.job.sources, trial, self.device)
+            except Exception as error:
+                if devices.is_out_of_memory(error):
+                    raise
+                raise LoadError(f"the models or the data cannot be loaded: {type(error).__name__}: {error}") from error
+        stop = _Stop(self.board, self.job, trial_id)
+        try:
+            report = _reporter(self.board, trial_id)
+            outcome = train(trial, self.parts, report, stop.look, Path(self.job.folder) / "trials" / trial_id)
+        finally:
             stop.close()
-    log.info("trial %s ends: %s", trial_id, end)
-    if rank == 0:
-        ray.get(board.finish.remote(job.slot, trial_id, end))
-    return keep
+        if not self.parts.shape[-1]:
+            self.parts = None
+        end = {"state": outcome.state, "cause": outcome.cause, "error": outcome.error, "metrics": outcome.metrics}
+        return end | outcome.totals | {"details": {**outcome.details, "slot": self.job.slot}}
+
+    def _tell(self, what: str, *arguments: Any) -> None:
+        if self.rank == 0:
+            ray.get(getattr(self.board, what).remote(*arguments))
 
 
 class _Stop:
-    """Listens to the board in the background, so that the training loop only looks at a flag."""
+    """Listens to the board in the background, so that the training loop only looks at a flag; and sees that it looks at all."""
 
-    def __init__(self, board: Any, trial_id: str) -> None:
+    def __init__(self, board: Any, job: SlotJob, trial_id: str) -> None:
+        self.board, self.job, self.trial_id = board, job, trial_id
         self.asked = self.closed = False
-        threading.Thread(target=self._watch, args=(board, trial_id), daemon=True).start()
+        self.looked = time.monotonic()
+        for watch in (self._listen, self._guard):
+            threading.Thread(target=watch, daemon=True).start()
 
-    def _watch(self, board: Any, trial_id: str) -> None:
-        while not self.closed and not self.asked:
-            self.asked = ray.get(board.when_cancelled.remote(trial_id))
+    def look(self) -> bool:
+        """Was the trial stopped? The training loop asks between steps, on rank 0: that is its sign of life."""
+        self.looked = time.monotonic()
+        return self.asked
 
     def close(self) -> None:
-        """The thread ends by itself, once the board knows that the trial left its slot."""
+        """The threads end by themselves: one once the board knows that the trial left its slot."""
         self.closed = True
+
+    def _listen(self) -> None:
+        while not self.closed and not self.asked:
+            self.asked = ray.get(self.board.when_cancelled.remote(self.trial_id))
+
+    def _guard(self) -> None:
+        """A trial that hangs (a collective that never returns) ends its worker: a new one takes it on from its checkpoint."""
+        if ray.train.get_context().get_world_rank() != 0:
+            return
+        while not self.closed:
+            time.sleep(min(5.0, self.job.silence_seconds / 4))
+            if not self.closed and time.monotonic() - self.looked > self.job.silence_seconds:
+                logging.getLogger("neo_ray").error("trial %s: no step for %g s", self.trial_id, self.job.silence_seconds)
+                ray.get(self.board.hang.remote(self.job.slot))
+                os._exit(1)
 
 
 def _take(board: Any, slot: int) -> tuple[str, Any]:
@@ -140,19 +212,18 @@ class SlotRunner(threading.Thread):
         self.closing = False
 
     def run(self) -> None:
-        failures = 0
+        failures = ended = 0
         while failures <= MAX_RESTARTS_IN_A_ROW and not self.closing:
-            started = time.monotonic()
             try:
                 self._trainer().fit()
                 return
             except Exception as error:
                 if self.closing:
                     return
-                failures = 1 if time.monotonic() - started > 300 else failures + 1
                 message, cause = _why(error)
                 self.error = message
-                trial = ray.get(self.board.slot_lost.remote(self.job.slot, message, cause))
+                trial, ended_by_now = ray.get(self.board.slot_lost.remote(self.job.slot, message, cause))
+                failures, ended = (1 if ended_by_now > ended else failures + 1), ended_by_now
                 self.announce(f"slot {self.job.slot} lost its workers{f' in trial {trial}' if trial else ''}: {message}")
 
     def _trainer(self) -> Any:
@@ -183,10 +254,10 @@ class SlotRunner(threading.Thread):
 
 def _why(error: BaseException) -> tuple[str, str]:
     """One line and a cause for a worker group that died."""
-    text = str(error)
-    failures = getattr(error, "worker_failures", None)
-    if failures:
-        text = "; ".join(str(e).strip().splitlines()[-1] for e in failures.values() if str(e).strip())
-    cause = "out_of_memory" if "OutOfMemory" in text else "error"
-    lines = [line for line in text.strip().splitlines() if line.strip()]
-    return (lines[-1].strip() if lines else type(error).__name__)[:300], cause
+    failures = getattr(error, "worker_failures", None) or {}
+    texts = [str(e) for e in failures.values() if str(e).strip()] or [str(error)]
+    whole = "\n".join([str(error), *texts])
+    if any(words in whole for words in ("OutOfMemoryError", "memory on the node", "out of memory")):
+        return "Ray or the system ended a worker for want of memory", "out_of_memory"
+    lines = [line.strip() for line in texts[0].splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:300], "error"

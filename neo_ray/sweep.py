@@ -10,6 +10,7 @@ import argparse
 import os
 import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from neo_ray.config import SweepConfig
 from neo_ray.plan import make_plan, render
 from neo_ray.settings import ConfigError
 from neo_ray.space import Space, build_space
-from neo_ray.trials import differences
+from neo_ray.trials import differences, retried, settings_to_run, trials_planned
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,21 +29,36 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. training.learning_rate=1e-4")
     parser.add_argument("--dry-run", action="store_true", help="print what would happen, and stop")
     parser.add_argument("--fresh", action="store_true", help="put an earlier sweep of this name aside and begin anew")
+    parser.add_argument("--retry-failed", action="store_true", help="run trials again that FAILED, unless they diverged")
     asked = parser.parse_args(argv)
     try:
         config = loading.load(asked.file, asked.overrides)
         if asked.dry_run:
             print(render(make_plan(config)))
+            for check in (lambda: _check_same_sweep(config, asked.fresh), lambda: _check_accelerator(config)):
+                try:
+                    check()
+                except ConfigError as error:
+                    print(f"   would be refused: {error}")
             return 0
-        return run(config, build_space(config), asked.fresh)
+        return run(config, build_space(config), asked.fresh, asked.retry_failed)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `… | head`
+        sys.stderr.close()
+        return 0
 
 
-def run(config: SweepConfig, space: Space, fresh: bool = False) -> int:
+def run(config: SweepConfig, space: Space, fresh: bool = False, retry_failed: bool = False) -> int:
     """Run what is left of a sweep and report. Returns the exit code."""
     from rich.console import Console
+
+    from neo_ray.lease import refuse_if_held
+    from neo_ray.records import Journal, fold
 
     console = Console(width=None if sys.stdout.isatty() else 140)
 
@@ -52,35 +68,36 @@ def run(config: SweepConfig, space: Space, fresh: bool = False) -> int:
     _check_same_sweep(config, fresh)
     _check_writable(config)
     _check_accelerator(config)
+    refuse_if_held(config.folder)
     announce(f"sweep {config.name}: preparing")
     _quiet()
-    from neo_ray.prepare import prepare
+    from neo_ray.prepare import identities, prepare
 
     sources = prepare(config, announce)
-    from neo_ray.lease import lease
-
-    with lease(config.folder):
-        if fresh:
-            _set_aside(config.folder)
-        code = _run_on_ray(config, space, sources, console, announce)
+    _check_same_sources(config, identities(config, sources), fresh)
+    records = [] if fresh else retried(fold(Journal(config.folder).events()), retry_failed)
+    planned, left = trials_planned(config, space), settings_to_run(config, space, records)[1]
+    code = 0
+    if left:
+        code = _run_on_ray(config, space, sources, fresh, retry_failed, console, announce)
+    else:
+        announce(f"all {planned} trials have run; nothing is left to do (more: sampler.num_trials=…)")
+    if code != 2:
         _report(config.folder, console)
     return code
 
 
-def _run_on_ray(config: SweepConfig, space: Space, sources: Any, console: Any, announce: Any) -> int:
-    from neo_ray.records import Journal, fold, write_records
-    from neo_ray.trials import settings_to_run, trials_planned
-
-    records = fold(Journal(config.folder).events())
-    planned = trials_planned(config, space)
-    if not settings_to_run(config, space, records)[1]:
-        announce(f"all {planned} trials have run; nothing is left to do (more: sampler.num_trials=…)")
-        return 0
+def _run_on_ray(
+    config: SweepConfig, space: Space, sources: Any, fresh: bool, retry_failed: bool, console: Any, announce: Any
+) -> int:
+    """Connect, check what concerns the cluster, and only then take the folder and run. Nothing is written before that."""
     import ray
 
     from neo_ray import cluster
-    from neo_ray.prepare import make_student
+    from neo_ray.lease import lease
+    from neo_ray.prepare import identities, make_student
     from neo_ray.progress import Progress
+    from neo_ray.records import Journal, fold, settle, write_records
     from neo_ray.slot import log_to
     from neo_ray.tuner import SweepFailed, run_trials
 
@@ -90,24 +107,26 @@ def _run_on_ray(config: SweepConfig, space: Space, sources: Any, console: Any, a
         slots = cluster.concurrency(config.resources, capacity)
         slots = cluster.fit_memory(config.resources, capacity, make_plan(config).total_memory_bytes, slots)
         announce(f"{capacity}: {slots} trials at a time")
-        _write_contract(config)
-        log_to(config.folder / "logs" / "driver.log")
-        sources = make_student(config, sources, announce)
-        announce("starting workers (they load the models once, for all trials)")
-        with Progress(config, console, planned, records) as progress:
-            run_trials(config, space, sources, records, slots, progress)
+        with lease(config.folder):
+            if fresh:
+                _set_aside(config.folder)
+            _write_contract(config, identities(config, sources))
+            log_to(config.folder / "logs" / "driver.log")
+            sources = make_student(config, sources, announce)
+            records = retried(settle(Journal(config.folder)), retry_failed)
+            announce("starting workers (they load the models once, for all trials)")
+            try:
+                with Progress(config, console, trials_planned(config, space), slots, records) as progress:
+                    run_trials(config, space, sources, records, slots, progress)
+            finally:
+                write_records(config.folder, fold(Journal(config.folder).events()))
         return 0
-    except KeyboardInterrupt:
-        announce("interrupted; the same command goes on from here")
-        return 130
     except SweepFailed as error:
         announce(f"error: workers cannot be kept alive: {error}; their logs: {config.folder / 'logs'}")
         return 1
     finally:
         if capacity.started_here:
             ray.shutdown()
-        if config.folder.exists():
-            write_records(config.folder, fold(Journal(config.folder).events()))
 
 
 def _report(folder: Path, console: Any) -> None:
@@ -138,11 +157,30 @@ def _check_same_sweep(config: SweepConfig, fresh: bool) -> None:
         )
 
 
+def _check_same_sources(config: SweepConfig, now: dict[str, str], fresh: bool) -> None:
+    """The same path may hold other data or weights than it did: their trials do not compare."""
+    import json
+
+    path = config.folder / "sources.json"
+    if fresh or not path.exists():
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    changed = [name for name in before if name in now and before[name] != now[name]]
+    if changed:
+        raise ConfigError(
+            f"{changed[0]}: {' and '.join(changed)} changed since {config.folder} was begun "
+            f"({before[changed[0]]} → {now[changed[0]]}); take another name, or --fresh to put that sweep aside"
+        )
+
+
 def _check_writable(config: SweepConfig) -> None:
     for key, path in (("storage.path", config.folder), ("storage.cache", config.cache)):
         nearest = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
-        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-            raise ConfigError(f"{key}: {path} cannot be written ({nearest} is not a folder that this user may write)")
+        try:
+            with tempfile.TemporaryFile(dir=nearest):  # to look at permissions is not enough: /proc says yes and means no
+                pass
+        except OSError as error:
+            raise ConfigError(f"{key}: {path} cannot be written ({nearest}: {error.strerror or error})") from None
 
 
 def _check_accelerator(config: SweepConfig) -> None:
@@ -163,14 +201,15 @@ def _set_aside(folder: Path) -> None:
             shutil.move(str(path), aside / path.name)
 
 
-def _write_contract(config: SweepConfig) -> None:
-    """`sweep.yaml` and `environment.json`: what was asked for, and where it ran."""
+def _write_contract(config: SweepConfig, sources: dict[str, str]) -> None:
+    """`sweep.yaml`, `sources.json` and `environment.json`: what was asked for, of which data and weights, and where it ran."""
     import json
 
     from neo_ray.environment import environment
     from neo_ray.records import write_atomically
 
     write_atomically(config.folder / "sweep.yaml", loading.dump(config))
+    write_atomically(config.folder / "sources.json", json.dumps(sources, indent=2))
     write_atomically(config.folder / "environment.json", json.dumps(environment(), indent=2))
 
 

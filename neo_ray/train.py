@@ -5,6 +5,7 @@ Shapes: B sequences of a micro-batch, L tokens, V vocabulary, N scored positions
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,11 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from neo_ray import adapters, checkpoints, devices
+from neo_ray import adapters, checkpoints, devices, models
 from neo_ray.batches import StepPlan, accumulation_steps, learning_rate, plan_steps
-from neo_ray.data import Split, collate
+from neo_ray.data import Batch, Split, collate
 from neo_ray.evaluate import evaluate
 from neo_ray.losses import IGNORED, LossSums, neo_loss, next_labels, scored
+from neo_ray.memory import reduce_bucket_elements
 from neo_ray.parts import Parts, rank_and_world_size, sum_over_ranks
 from neo_ray.settings import TrialConfig
 
@@ -54,13 +56,15 @@ def train(
         trial: everything that determines the result, with `parts`.
         report: called on rank 0 with a row for every evaluation; rows from before an interruption are reported again.
         should_stop: asked on rank 0 between optimizer steps; all ranks stop together.
-        folder: where the trial's checkpoints and its adapter go; None keeps nothing.
+        folder: where the trial's checkpoints and its adapter go; None keeps nothing. The last checkpoint stays there: the caller
+            removes it once the outcome is on disk.
 
     Returns:
         COMPLETE, PRUNED (stopped) or FAILED (diverged). Anything else raises.
     """
     started, (rank, world_size) = time.monotonic(), rank_and_world_size()
     devices.reset_peak_memory(parts.device)
+    _check_packing(parts, trial)
     baseline = _baseline(parts, trial)
     split = parts.data.split("train")
     plan = plan_steps(split.num_tokens, split.num_labels, trial.training, trial.evaluation.points, trial.seed)
@@ -68,7 +72,7 @@ def train(
     parameters = adapters.trained_parameters(student.model)
     if trial.training.gradient_checkpointing:
         cast(Any, student.model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    engine = _engine(student, list(parameters.values()), trial, world_size)
+    engine = _engine(student, parameters, trial, world_size)
 
     state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "peak_memory_bytes": 0, "curve": []}
     checkpoint_folder = folder / "checkpoint" if folder is not None else None
@@ -81,6 +85,7 @@ def train(
         "device": devices.describe(parts.device),
         "dtype": str(parts.dtype).removeprefix("torch."),
         "workers": world_size,
+        "micro_batch_size": trial.training.micro_batch(world_size),
         "trained_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in parameters.values()),
         "resumed_from_step": state["step"],
         "setup_seconds": time.monotonic() - started,
@@ -122,6 +127,7 @@ def train(
             means = (window[:3] / window[3]).tolist()
             window.zero_()
             row = {"rung": due, "rung_tokens": plan.rung_tokens[due - 1], "step": step, "learning_rate": rate}
+            means[2] = means[2] if _is_taught(trial) else None  # without a teacher in the loss there is no such number
             row |= dict(zip(("train_loss", "train_ce", "train_kd"), means, strict=True)) | scores | _worst(totals(), parts)
             row["tokens"] = int(plan.tokens[step - 1])
             state["curve"].append(row)
@@ -129,8 +135,9 @@ def train(
                 _save(engine, parameters, checkpoint_folder, state | {"step": step} | _clock(totals()))
             if rank == 0:
                 report(row)
-            if scores["select_ce"] != scores["select_ce"]:
-                outcome = Outcome("FAILED", "diverged", f"held-out loss is not a number at step {step} of {plan.num_steps}")
+            if not math.isfinite(scores["select_ce"] or 0.0):
+                where = f"step {step} of {plan.num_steps}"
+                outcome = Outcome("FAILED", "diverged", f"held-out loss is {scores['select_ce']} at {where}")
         if outcome is None and stopped and step < plan.num_steps:
             outcome = Outcome("PRUNED")
 
@@ -140,8 +147,6 @@ def train(
         if rank == 0 and folder is not None and trial.has_adapter:
             adapters.save_adapter(student.model, weights, folder / "adapter")
         outcome = Outcome("COMPLETE", metrics=metrics)
-    if rank == 0 and checkpoint_folder is not None:
-        checkpoints.remove(checkpoint_folder)
     final = _worst(totals(), parts)
     engine.destroy()
     if trial.training.gradient_checkpointing:
@@ -158,36 +163,49 @@ class Student(nn.Module):
         super().__init__()
         self.model, self.device, self.dtype = model, device, dtype
 
-    def forward(self, input_ids_BL: torch.Tensor, attention_mask_BL: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        input_ids_BL: torch.Tensor,
+        attention_mask_BL: torch.Tensor | None,
+        position_ids_BL: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         with devices.autocast(self.device, self.dtype):
-            return self.model(input_ids=input_ids_BL, attention_mask=attention_mask_BL).logits
+            return self.model(**models.inputs(self.model, input_ids_BL, attention_mask_BL, position_ids_BL)).logits
 
-    def logits(self, input_ids_BL: torch.Tensor, attention_mask_BL: torch.Tensor) -> torch.Tensor:
+    def logits(self, input_ids_BL: torch.Tensor, attention_mask_BL: torch.Tensor | None) -> torch.Tensor:
         """For evaluation: dropout off, no gradient."""
         self.eval()
         with torch.no_grad():
             return self(input_ids_BL, attention_mask_BL)
 
 
-def _engine(student: Student, parameters: list[nn.Parameter], trial: TrialConfig, world_size: int) -> Any:
+def _engine(student: Student, parameters: dict[str, nn.Parameter], trial: TrialConfig, world_size: int) -> Any:
     """A DeepSpeed engine around the student. Precision is ours (autocast over fp32 weights), so that none is cast in place."""
     devices.prepare_deepspeed()
     import deepspeed
 
     training = trial.training
     optimizer = torch.optim.AdamW(
-        parameters, lr=training.learning_rate, betas=(training.beta1, training.beta2), weight_decay=training.weight_decay
+        adapters.parameter_groups(parameters, trial.lora.plus_ratio),
+        lr=training.learning_rate,
+        betas=(training.beta1, training.beta2),
+        weight_decay=training.weight_decay,
     )
-    extra = trial.deepspeed.extra
+    extra, micro = trial.deepspeed.extra, training.micro_batch(world_size)
     config = {
         **extra,
-        "train_micro_batch_size_per_gpu": training.micro_batch_size,
-        "gradient_accumulation_steps": accumulation_steps(training.batch_size, world_size, training.micro_batch_size),
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation_steps(training.batch_size, world_size, micro),
         "gradient_clipping": training.max_grad_norm,
-        "zero_optimization": {**(extra.get("zero_optimization") or {}), "stage": trial.deepspeed.zero_stage},
+        "zero_optimization": {
+            # DeepSpeed allocates this bucket whole in every backward pass: 2 GB by its default, for adapters of a few MB
+            "reduce_bucket_size": reduce_bucket_elements(sum(p.numel() for p in parameters.values())),
+            **(extra.get("zero_optimization") or {}),
+            "stage": trial.deepspeed.zero_stage,
+        },
         "steps_per_print": 10**9,
     }
-    return deepspeed.initialize(model=student, optimizer=optimizer, model_parameters=parameters, config=config)[0]
+    return deepspeed.initialize(model=student, optimizer=optimizer, model_parameters=list(parameters.values()), config=config)[0]
 
 
 def _optimizer_step(
@@ -197,18 +215,20 @@ def _optimizer_step(
     rank, world_size = rank_and_world_size()
     devices.seed_step(trial.seed, step, rank)
     for group in engine.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["ratio"]
     sums = torch.zeros(3, dtype=torch.float64, device=parts.device)
-    for indices in plan.micro_batches(step, rank, world_size, trial.training.micro_batch_size, split.num_tokens):
+    training, micro = trial.training, trial.training.micro_batch(world_size)
+    for indices in plan.micro_batches(step, rank, world_size, micro, split.num_tokens):
         empty = len(indices) == 0  # this rank has no share of a last, partial batch: it takes part with a loss of 0
-        batch = collate(split.examples(indices if not empty else plan.order[:1]), parts.sources.pad_id, device=str(parts.device))
+        examples = split.examples(indices if not empty else plan.order[:1])
+        batch = collate(examples, parts.sources.pad_id, parts.device, training.padding_side, training.packing)
         labels_BL = torch.full_like(batch.labels_BL, IGNORED) if empty else batch.labels_BL
-        logits_BLV = engine(batch.input_ids_BL, batch.attention_mask_BL)
+        logits_BLV = engine(batch.input_ids_BL, batch.attention_mask_BL, batch.position_ids_BL)
         student_NV = scored(logits_BLV, labels_BL, parts.vocabulary)
         teacher_NV = None
-        if trial.has_teacher and trial.distill.kd_ratio > 0:
-            teacher_NV = _teacher_logits(parts, batch.input_ids_BL, batch.attention_mask_BL, labels_BL)
-        loss: LossSums = neo_loss(student_NV, next_labels(labels_BL), teacher_NV, trial.distill)
+        if _is_taught(trial):
+            teacher_NV = _teacher_logits(parts, batch, labels_BL)
+        loss: LossSums = neo_loss(student_NV, next_labels(labels_BL), teacher_NV, trial.distill, training.label_smoothing)
         # DeepSpeed averages over ranks: undo that. The denominator counts every micro-batch of every rank.
         engine.backward(loss.total * (world_size / max(1, int(plan.labels[step]))), scale_wrt_gas=False)
         sums += torch.stack([loss.total.detach(), loss.ce, loss.kd]).double()
@@ -217,10 +237,24 @@ def _optimizer_step(
     return total, ce, kd
 
 
+def _is_taught(trial: TrialConfig) -> bool:
+    """Does the teacher take part in the loss?"""
+    return trial.has_teacher and trial.distill.kd_ratio > 0
+
+
 @torch.no_grad()
-def _teacher_logits(parts: Parts, ids_BL: torch.Tensor, mask_BL: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
+def _teacher_logits(parts: Parts, batch: Batch, labels_BL: torch.Tensor) -> torch.Tensor:
     assert parts.teacher is not None
-    return scored(parts.teacher(input_ids=ids_BL, attention_mask=mask_BL).logits, labels_BL, parts.vocabulary)
+    given = models.inputs(parts.teacher, batch.input_ids_BL, batch.attention_mask_BL, batch.position_ids_BL)
+    return scored(parts.teacher(**given).logits, labels_BL, parts.vocabulary)
+
+
+def _check_packing(parts: Parts, trial: TrialConfig) -> None:
+    """Once a worker and model: can it tell packed sequences apart? Raises ConfigError."""
+    for where, model in (("student.model", parts.student), ("teacher.model", parts.teacher if trial.has_teacher else None)):
+        if trial.training.packing and model is not None and ("packing", where) not in parts.measured:
+            models.prove_packing(model, where)
+            parts.measured["packing", where] = True
 
 
 def _baseline(parts: Parts, trial: TrialConfig) -> dict[str, float | None]:

@@ -59,6 +59,14 @@ def settings_to_run(config: SweepConfig, space: Space, records: list[TrialRecord
     return interrupted + numbered, len(interrupted) + len(numbered)
 
 
+def retried(records: list[TrialRecord], failed_too: bool) -> list[TrialRecord]:
+    """The records with FAILED trials taken for interrupted ones, where asked for. One that diverged would diverge again."""
+    if not failed_too:
+        return records
+    again = {"state": "RUNNING", "cause": None, "error": None}
+    return [r.model_copy(update=again) if r.state == "FAILED" and r.cause != "diverged" else r for r in records]
+
+
 def trial_id(number: int) -> str:
     return f"{number:04d}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import threading
 import time
 import uuid
@@ -53,8 +54,9 @@ def run_trials(
         .remote(config.resources.max_failures)
     )
     recorder = _Recorder(config, space, records, board, progress)
+    folder, silence_seconds = str(config.folder.resolve()), 60 * config.resources.silence_minutes
     runners = [
-        SlotRunner(SlotJob(slot, name, sources, str(config.folder.resolve())), config.resources, board, progress.say)
+        SlotRunner(SlotJob(slot, name, sources, folder, silence_seconds), config.resources, board, progress.say)
         for slot in range(min(slots, remaining))
     ]
     for thread in (recorder, *runners):
@@ -65,6 +67,9 @@ def run_trials(
         _fit(config, space, records, given, remaining, name, len(runners), recorder)
         if recorder.failed is None:
             recorder.wait_until_all_ended()
+    except KeyboardInterrupt:
+        if recorder.failed is None:  # pressed, as opposed to the watchdog's
+            raise
     finally:
         for runner in runners:
             runner.closing = True
@@ -169,7 +174,8 @@ class _TellBoard(tune.Callback):
         ray.get_actor(self.board, namespace=NAMESPACE).cancel.remote(trial.config["trial"])
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.on_trial_complete(iteration, trials, trial)
+        why = "its Tune trial, which only passes on what happens, died"
+        ray.get_actor(self.board, namespace=NAMESPACE).cancel.remote(trial.config["trial"], why)
 
 
 class _Recorder(threading.Thread):
@@ -218,7 +224,8 @@ class _Recorder(threading.Thread):
         item = dict(item)
         trial, kind = item.pop("trial"), item.pop("kind")
         self._record(kind, trial, **item)
-        if kind == "end":
+        if kind == "end":  # on disk now, so that its checkpoint is needed no more
+            shutil.rmtree(self.config.folder / "trials" / trial / "checkpoint", ignore_errors=True)
             self.open.discard(trial)
             with self.lock:
                 write_records(self.config.folder, list(self.records.values()))

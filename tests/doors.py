@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -32,9 +33,10 @@ def sweep_file(world: World, folder: Path, **changes: object) -> Path:
     return path
 
 
-def start(path: Path, *overrides: str, home: Path | None = None) -> subprocess.Popen[str]:
+def start(path: Path, *overrides: str, home: Path | None = None, also_import: Path | None = None) -> subprocess.Popen[str]:
     home = home or path.parent
-    environment = {**os.environ, "HOME": str(home), "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
+    modules = os.pathsep.join(str(folder) for folder in (also_import, ROOT) if folder)
+    environment = {**os.environ, "HOME": str(home), "PYTHONPATH": modules, "RAY_AUTH_MODE": "disabled"}
     command = [sys.executable, "-m", "neo_ray.sweep", str(path), *overrides]
     return subprocess.Popen(
         command,
@@ -44,6 +46,7 @@ def start(path: Path, *overrides: str, home: Path | None = None) -> subprocess.P
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )
 
 

@@ -187,7 +187,8 @@ def test_what_is_assumed_without_a_sweep_file_is_said(tmp_path: Path) -> None:
     notes = " ".join(analyse(folder_with(tmp_path, mixed())).notes)
     assert "no sweep.yaml" in notes and "select_ce" in notes
     (tmp_path / "sweep.yaml").write_text("search: [1, 2", encoding="utf-8")
-    assert "cannot be used" in " ".join(analyse(tmp_path).notes)
+    with pytest.raises(ValueError, match=r"sweep.yaml: cannot be used"):  # nothing is guessed, and nothing overwritten
+        analyse(tmp_path)
 
 
 def test_notes_count_every_state_and_name_constant_axes(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from neo_ray.batches import learning_rate, plan_steps
+from neo_ray.batches import accumulation_steps, learning_rate, plan_steps
 from neo_ray.settings import TrainingConfig
 
 TOKENS = np.random.default_rng(0).integers(5, 50, size=37)
@@ -27,6 +27,15 @@ def test_ranks_and_micro_batches_share_out_a_step_exactly(world_size: int, micro
         assert len({len(share) for share in shares}) == 1, "every rank runs equally many micro-batches"
         seen = np.sort(np.concatenate([batch for share in shares for batch in share]))
         assert seen.tolist() == np.sort(plan.order[plan.starts[step] : plan.starts[step + 1]]).tolist()
+
+
+def test_a_data_set_smaller_than_a_batch_has_the_micro_batches_that_the_engine_counts() -> None:
+    training = TrainingConfig(epochs=1, batch_size=64)
+    plan = plan_steps(TOKENS, LABELS, training, points=1, seed=0)
+    assert plan.num_steps == 1
+    for world_size, micro in ((1, 1), (2, 4)):
+        batches = plan.micro_batches(0, 0, world_size, micro, TOKENS)
+        assert len(batches) == accumulation_steps(training.batch_size, world_size, micro)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 16])

@@ -420,22 +420,36 @@ def test_a_moved_file_is_reused_and_a_changed_one_is_not(tmp_path: Path, run: Ca
 # Batches
 
 
-def test_padding_on_either_side_is_masked_and_unlabelled() -> None:
-    pairs = [
-        (np.array([5, 6, 7], np.int32), np.array([-100, 6, 7], np.int32)),
-        (np.array([8], np.int32), np.array([8], np.int32)),
-    ]
-    right, left = collate(pairs, pad_id=7), collate(pairs, pad_id=7, side="left")
-    assert right.input_ids_BL.tolist() == [[5, 6, 7], [8, 7, 7]] and left.input_ids_BL.tolist() == [[5, 6, 7], [7, 7, 8]]
-    assert right.labels_BL.tolist() == [[-100, 6, 7], [8, -100, -100]] and left.labels_BL.tolist() == [
-        [-100, 6, 7],
-        [-100, -100, 8],
-    ]
-    assert right.attention_mask_BL.tolist() == [[1, 1, 1], [1, 0, 0]] and left.attention_mask_BL.tolist() == [
-        [1, 1, 1],
-        [0, 0, 1],
-    ]
-    assert {t.dtype for t in (right.input_ids_BL, right.labels_BL, right.attention_mask_BL)} == {torch.int64}
+PAIRS = [
+    (np.array([5, 6, 7], np.int32), np.array([-100, 6, 7], np.int32)),
+    (np.array([8, 9], np.int32), np.array([8, 9], np.int32)),
+]
+
+
+@pytest.mark.parametrize(
+    ("side", "ids", "labels", "mask", "positions"),
+    [
+        ("right", [8, 9, 7], [-100, 9, -100], [1, 1, 0], [0, 1, 0]),
+        ("left", [7, 8, 9], [-100, -100, 9], [0, 1, 1], [0, 0, 1]),
+    ],
+)
+def test_padding_on_either_side_is_masked_and_unlabelled(
+    side: Any, ids: list[int], labels: list[int], mask: list[int], positions: list[int]
+) -> None:
+    batch = collate(PAIRS, pad_id=7, side=side)
+    assert batch.input_ids_BL.tolist() == [[5, 6, 7], ids]
+    assert batch.labels_BL.tolist() == [[-100, 6, 7], labels]
+    assert batch.attention_mask_BL is not None and batch.attention_mask_BL.tolist() == [[1, 1, 1], mask]
+    assert batch.position_ids_BL.tolist() == [[0, 1, 2], positions]
+    assert {tensor.dtype for tensor in vars(batch).values()} == {torch.int64}
+
+
+def test_packed_sequences_lie_end_to_end_and_no_label_crosses_over() -> None:
+    batch = collate(PAIRS, pad_id=7, packing=True)
+    assert batch.input_ids_BL.tolist() == [[5, 6, 7, 8, 9]]
+    assert batch.labels_BL.tolist() == [[-100, 6, 7, -100, 9]]
+    assert batch.position_ids_BL.tolist() == [[0, 1, 2, 0, 1]]
+    assert batch.attention_mask_BL is None
 
 
 def test_stored_arrays_are_int32_and_counts_int64(run: Callable[..., TokenData]) -> None:

@@ -23,6 +23,60 @@ LONG = {
 }
 
 
+FAULT = """
+import builtins, sys
+plain = builtins.__import__
+
+def importing(*arguments, **named):
+    module = plain(*arguments, **named)
+    train = sys.modules.get("neo_ray.train")
+    if hasattr(train, "_optimizer_step") and hasattr(train, "train") and not hasattr(train, "injected"):
+        train.injected = True
+        inject(train)
+    return module
+
+builtins.__import__ = importing
+
+"""
+"""Given to every process as its sitecustomize, with a function `inject` that breaks the training module."""
+SMALL_MEMORY = """
+def inject(train):
+    scored = train.scored
+
+    def small(logits_BLV, labels_BL, vocabulary):
+        if logits_BLV.requires_grad and len(logits_BLV) > 2:
+            raise sys.modules["torch"].OutOfMemoryError("more than two sequences at a time")
+        return scored(logits_BLV, labels_BL, vocabulary)
+
+    train.scored = small
+"""
+BROKEN = """
+def inject(train):
+    plan_steps = train.plan_steps
+
+    def broken(num_tokens, num_labels, training, *rest):
+        if training.weight_decay == 0.5:
+            raise RuntimeError("a fault of this trial")
+        return plan_steps(num_tokens, num_labels, training, *rest)
+
+    train.plan_steps = broken
+"""
+HANGING = """
+def inject(train):
+    import pathlib, time
+    due = train.StepPlan.due
+
+    def hanging(plan, step):
+        mark = pathlib.Path(__file__).with_name("hung")
+        if step == 80 and not mark.exists():
+            mark.touch()
+            time.sleep(600)
+        return due(plan, step)
+
+    train.StepPlan.due = hanging
+"""
+
+
 def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 150) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -43,19 +97,21 @@ def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
 def test_a_trial_that_fails_is_recorded_with_its_cause_and_the_sweep_goes_on(tiny_world: World, tmp_path: Path) -> None:
     search = {
         "learning_rate": {"grid": ["1e30", "1e-2"]},
-        "target_modules": {"grid": [["nowhere"], "all-linear"], "when": {"learning_rate": "1e-2"}},
-        "rank": {"grid": [10**9, 2], "when": {"target_modules": "all-linear"}},
+        "weight_decay": {"grid": [0.5, 0], "when": {"learning_rate": "1e-2"}},
+        "rank": {"grid": [10**9, 2], "when": {"weight_decay": 0}},
     }
+    (tmp_path / "sitecustomize.py").write_text(FAULT + BROKEN)
     changes = {"search": search, "sampler": {"name": "grid"}, "scheduler": {"name": "none"}}
     path = sweep_file(tiny_world, tmp_path, **changes, resources={"concurrency": 1, "memory_check": False})
-    process = start(path)
+    process = start(path, also_import=tmp_path)
     text = finish(process)
     assert process.returncode == 0, text
     found: dict[str | None, TrialRecord] = {r.cause: r for r in load_records(tmp_path / "results" / "tiny")}
     assert set(found) == {"diverged", "error", "out_of_memory", None}
     assert "loss is" in str(found["diverged"].error) and "step" in str(found["diverged"].error)
-    assert "lora.target_modules: no linear layer is called 'nowhere'" in str(found["error"].error)
+    assert "RuntimeError: a fault of this trial (sitecustomize.py:" in str(found["error"].error)
     assert "memory" in str(found["out_of_memory"].error)
+    assert found["out_of_memory"].attempts == 2, "once with the micro-batch asked for, once with half of it"
     assert all(record.state == "FAILED" for cause, record in found.items() if cause)
     assert found[None].state == "COMPLETE" and found[None].id == "0003"
     assert "FAILED (out_of_memory)" in text and "Traceback" not in text
@@ -76,6 +132,32 @@ def test_a_trial_whose_worker_dies_goes_on_from_its_checkpoint(tiny_world: World
     assert record.state == "COMPLETE" and record.attempts == 2
     assert record.details["resumed_from_step"] >= 30
     assert [row["rung"] for row in record.curve] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_out_of_memory_halves_the_micro_batch_and_changes_no_result(tiny_world: World, tmp_path: Path) -> None:
+    changes = {
+        "training": {"steps": 8, "batch_size": 8, "micro_batch_size": "auto", "dtype": "fp32", "learning_rate": "1e-2"},
+        "search": {"kd_ratio": {"grid": [0.5, 0.9]}},
+        "sampler": {"name": "grid"},
+        "scheduler": {"name": "none"},
+        "resources": {"concurrency": 1},
+    }
+    curves, used = {}, {}
+    for name, code in (("roomy", ""), ("small", FAULT + SMALL_MEMORY)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "sitecustomize.py").write_text(code)
+        process = start(sweep_file(tiny_world, folder, **changes), also_import=folder)
+        text = finish(process)
+        assert process.returncode == 0, text
+        records = load_records(folder / "results" / "tiny")
+        assert [r.state for r in records] == ["COMPLETE", "COMPLETE"], [r.error for r in records]
+        curves[name] = [[row["select_ce"] for row in r.curve] for r in records]
+        used[name] = [(r.details["micro_batch_size"], r.attempts) for r in records]
+    assert used == {"roomy": [(8, 1), (8, 1)], "small": [(2, 3), (2, 1)]}, "8, 4, 2; the next trial begins with 2"
+    for roomy, small in zip(curves["roomy"], curves["small"], strict=True):
+        assert small == pytest.approx(roomy, rel=1e-4)  # sums of fp32 in another order, through eight steps of Adam
 
 
 @pytest.mark.slow
@@ -113,3 +195,36 @@ connect(ResourcesConfig())
     environment = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200)
     assert "ConfigError: resources.address: this Ray has no State API; start it with its dashboard" in done.stderr
+
+
+@pytest.mark.slow
+def test_failing_trials_of_two_workers_end_their_slot_and_not_the_sweep(tiny_world: World, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(FAULT + BROKEN)
+    changes = {
+        "search": {"seed": {"grid": [0, 1]}, "weight_decay": {"grid": [0.5, 0]}, "beta1": {"grid": [0.8, 0.9]}},
+        "sampler": {"name": "grid"},
+        "scheduler": {"name": "none"},
+        "training": {"steps": 2, "batch_size": 4, "micro_batch_size": 2, "dtype": "fp32"},
+        "resources": {"workers_per_trial": 2},
+    }
+    process = start(sweep_file(tiny_world, tmp_path, **changes), also_import=tmp_path)
+    text = finish(process)
+    assert process.returncode == 0, text
+    records = load_records(tmp_path / "results" / "tiny")
+    assert len(records) == 8, text
+    assert all((r.state == "FAILED") == (r.params["weight_decay"] == 0.5) for r in records), text
+    assert all(r.details["workers"] == 2 for r in records if r.state == "COMPLETE")
+    assert text.count("FAILED (error)") == 4, "each failure is told once, though both workers saw it"
+
+
+@pytest.mark.slow
+def test_a_hung_trial_gets_new_workers(tiny_world: World, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(FAULT + HANGING)
+    resources = {"concurrency": 1, "silence_minutes": 0.25}
+    path = sweep_file(tiny_world, tmp_path, **LONG, sampler={"name": "tpe", "num_trials": 1}, resources=resources)
+    process = start(path, also_import=tmp_path)
+    text = finish(process)
+    assert process.returncode == 0, text
+    (record,) = load_records(tmp_path / "results" / "tiny")
+    assert record.state == "COMPLETE" and record.attempts == 2 and record.details["resumed_from_step"] >= 60
+    assert "no step for 15 s" in (tmp_path / "results" / "tiny" / "logs" / "slot-0-rank-0.log").read_text()

@@ -18,11 +18,12 @@ PACKAGE = Path(__file__).parent.parent / "neo_ray"
 ROOMS = {
     "facts": "__init__ assets config settings loading mistakes axes space trials records memory cautions plan environment",
     "training": (
-        "adapters answers batches checkpoints data devices evaluate losses models parts prepare pruning quickstart sources train"
+        "adapters answers batches checkpoints data devices evaluate losses merging models parts prepare pruning quickstart "
+        "sources train"
     ),
-    "analysis": "statistics effects evidence guidelines report",
+    "analysis": "card statistics effects evidence guidelines report",
     "ray": "board cluster lease progress searcher slot tuner",
-    "doors": "analyze bench sweep",
+    "doors": "analyze bench bench_loss bench_step bench_turns export sweep",
 }
 ROOM = {module: room for room, modules in ROOMS.items() for module in modules.split()}
 FLOOR = {"facts": 0, "training": 1, "analysis": 1, "ray": 2, "doors": 3}
@@ -32,7 +33,7 @@ TORCH = {"torch", "transformers", "peft", "deepspeed", "accelerate"}
 FORBIDDEN = {"facts": {*TORCH, "ray"}, "training": {"ray"}, "analysis": {*TORCH, "ray"}, "ray": set(), "doors": set()}
 WITHOUT_RAY = {"lease", "progress"}
 """They stand with ray, and need none of it: a lease is taken before Ray starts, and a bar is drawn without it."""
-QUICK_DOORS = ("analyze", "sweep")
+QUICK_DOORS = ("analyze", "bench", "export", "sweep")
 """Doors that answer `--help`, `--dry-run` and a mistake in a file before anything heavy is imported."""
 
 

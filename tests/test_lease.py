@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -32,10 +33,38 @@ def test_a_dead_process_of_this_host_is_taken_over_at_once(tmp_path: Path) -> No
         assert json.loads((tmp_path / "lease.json").read_text())["nonce"] != "x"
 
 
-def test_another_host_is_taken_over_after_its_silence_alone(tmp_path: Path) -> None:
-    held = {"nonce": "x", "host": "elsewhere", "pid": 1, "born": 0, "beat": time.time() - 30}
-    (tmp_path / "lease.json").write_text(json.dumps(held))
-    with pytest.raises(ConfigError, match="elsewhere"), lease(tmp_path, silence_seconds=60):
+def elsewhere(path: Path, beat: float) -> None:
+    path.write_text(json.dumps({"nonce": "x", "host": "elsewhere", "pid": 1, "born": 0, "beat": beat}))
+
+
+def test_another_host_is_taken_over_when_no_beat_comes_whatever_its_clock_says(tmp_path: Path) -> None:
+    elsewhere(tmp_path / "lease.json", beat=time.time() + 3600)
+    with lease(tmp_path, silence_seconds=0.5):
+        assert json.loads((tmp_path / "lease.json").read_text())["nonce"] != "x"
+
+
+def test_another_host_that_beats_is_refused_whatever_its_clock_says(tmp_path: Path) -> None:
+    path = tmp_path / "lease.json"
+    elsewhere(path, beat=time.time() - 3600)
+    beating = threading.Timer(0.3, elsewhere, (path, time.time() - 3590))
+    beating.start()
+    with pytest.raises(ConfigError, match="process 1 on elsewhere"), lease(tmp_path, silence_seconds=5):
         pass
-    with lease(tmp_path, silence_seconds=20):
-        pass
+    beating.join()
+
+
+def test_a_driver_that_lost_its_lease_is_interrupted_and_one_that_cannot_read_it_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("neo_ray.lease.HEARTBEAT_SECONDS", 0.05)
+    path = tmp_path / "lease.json"
+    with lease(tmp_path):
+        content = path.read_text()
+        path.write_text("torn")
+        time.sleep(0.3)
+        assert path.read_text() != "torn", "the beat goes on"
+        assert json.loads(path.read_text())["nonce"] == json.loads(content)["nonce"]
+    with pytest.raises(KeyboardInterrupt), lease(tmp_path):
+        elsewhere(path, beat=time.time())
+        time.sleep(5)
+    assert json.loads(path.read_text())["host"] == "elsewhere", "the other's lease stays"

@@ -171,7 +171,7 @@ def test_a_truncated_weights_file_is_a_config_error(tiny_world: World, tmp_path:
     shutil.copytree(tiny_world.student, tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ConfigError, match="student.model: .* cannot be loaded"):
+    with pytest.raises(ConfigError, match="student.model: .* is no whole safetensors file"):
         models.load_model(str(tmp_path / "model"), torch.float32, where="student.model")
 
 

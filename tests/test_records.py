@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from neo_ray.records import Journal, TrialRecord, apply, fold, load_records, write_records
+from neo_ray.records import Journal, TrialRecord, apply, fold, load_records, settle, write_records
+from neo_ray.trials import retried
 
 
 @pytest.mark.parametrize("kind", ["local", "object store"])
@@ -51,3 +52,27 @@ def test_events_applied_as_they_are_written_are_what_a_reader_folds(tmp_path: Pa
     apply(records, journal.write("report", "0001", row={"rung": 1, "select_ce": float("inf")}))
     apply(records, journal.write("end", "0001", state="COMPLETE", tokens=7))
     assert list(records.values()) == fold(journal.events())
+
+
+def test_a_trial_that_was_stopped_before_its_slot_died_is_pruned_when_the_sweep_goes_on(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    for name in ("0000", "0001"):
+        journal.write("start", name)
+    journal.write("stop", "0000")
+    assert [r.finished for r in fold(journal.events())] == [False, False]
+    assert [r.state for r in settle(journal)] == ["PRUNED", "RUNNING"]
+    assert [r.state for r in fold(journal.events())] == ["PRUNED", "RUNNING"], "it is in the journal"
+
+
+def test_another_attempt_takes_a_failure_back(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.write("start", "0000")
+    journal.write("end", "0000", state="FAILED", cause="error", error="no weights")
+    (failed,) = fold(journal.events())
+    (again,) = retried([failed], failed_too=True)
+    assert failed.state == "FAILED" and not again.finished and retried([failed], failed_too=False) == [failed]
+    diverged = failed.model_copy(update={"cause": "diverged"})
+    assert retried([diverged], failed_too=True) == [diverged]
+    journal.write("attempt", "0000")
+    (record,) = fold(journal.events())
+    assert (record.state, record.cause, record.error, record.attempts) == ("RUNNING", None, None, 2)

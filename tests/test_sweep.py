@@ -18,8 +18,9 @@ from doors import ROOT, finish, start, sweep_file
 from tiny import World
 
 from neo_ray.loading import dump, load, validate
+from neo_ray.prepare import identities, prepare
 from neo_ray.records import load_records
-from neo_ray.sweep import _set_aside, main
+from neo_ray.sweep import _check_same_sources, _set_aside, _write_contract, main
 from neo_ray.trials import differences
 
 
@@ -86,25 +87,32 @@ def test_a_killed_sweep_goes_on_from_its_checkpoints(tiny_world: World, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["rank", "learning_rate", "alpha", "kd_ratio", "methods"])
 def test_every_sweep_of_the_repository_runs(tiny_world: World, tmp_path: Path, name: str) -> None:
-    """Two trials of two steps; what the file says is kept, but for models, data and resources."""
+    """Two trials of two steps; what the file says is kept, but for models, data and resources. Settings are drawn, so that
+    both ends of a grid may come, and `methods` keeps several workers a trial."""
+    workers = 2 if name == "methods" else 1
     process = start(
         ROOT / "sweeps" / f"{name}.yaml",
         f"teacher={{model: {tiny_world.teacher}}}",
         f"student={{model: {tiny_world.student}}}",
         f"data={{source: {tiny_world.data}, max_length: 48, select_fraction: 0.2, report_fraction: 0.2}}",
-        "resources={concurrency: 2}",
+        f"resources={{concurrency: {2 // workers}, workers_per_trial: {workers}}}",
         f"storage={{path: {tmp_path / 'results'}, cache: {tmp_path / 'cache'}}}",
         "training.epochs=null",
         "training.steps=2",
-        "sampler.num_trials=2",
+        "sampler={name: random, num_trials: 2}",
+        "seed=3",
         home=tmp_path,
     )
     text = finish(process)
     assert process.returncode == 0, text
     records = load_records(tmp_path / "results" / name)
     assert [r.state for r in records] == ["COMPLETE", "COMPLETE"], [r.error for r in records]
-    assert all(r.steps == 2 for r in records)
-    assert records[0].params != records[1].params or records[0].seed != records[1].seed
+    assert all(r.steps == 2 and r.details["workers"] == workers for r in records)
+    assert records[0].params != records[1].params
+    if name == "methods":
+        assert {r.config["method"] in ("sft", "kd") for r in records} == {True, False}, "full parameters and an adapter"
+    if name == "kd_ratio":
+        assert {r.params["kd_ratio"] for r in records} != {0.0}
 
 
 @pytest.mark.parametrize(
@@ -122,6 +130,12 @@ def test_every_sweep_of_the_repository_runs(tiny_world: World, tmp_path: Path, n
         ("student.model=/nowhere/model", "student.model"),
         ("data.max_length=257", "data.max_length: 257 tokens, and student.model"),
         ("storage.path=/dev/null/results", "storage.path"),
+        ("storage.path=/proc/results", "storage.path"),
+        ("lora.target_modules=[nowhere]", "lora.target_modules: no linear layer is called 'nowhere'"),
+        ("student={prune: {layers: [0, 99]}}", "student.prune.layers"),
+        ("student={prune: {keep: 99}}", "student.prune.keep: 99 layers of a teacher that has 4"),
+        ("deepspeed.extra={zero_optimisation: {}}", "did you mean `zero_optimization`?"),
+        ("deepspeed.extra={torch_autocast: {enabled: true}}", "deepspeed.extra"),
     ],
 )
 def test_a_mistake_is_one_line_with_its_path_and_writes_nothing(
@@ -164,6 +178,43 @@ def test_another_vocabulary_is_refused(tiny_world: World, tmp_path: Path, capsys
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert main([str(sweep_file(tiny_world, tmp_path, teacher={"model": str(other)}))]) == 2
     assert "300" in capsys.readouterr().err
+
+
+def test_other_data_under_the_same_path_is_refused(tiny_world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "data.jsonl"
+    lines = tiny_world.data.read_text().splitlines(keepends=True)
+    data.write_text("".join(lines))
+    path = sweep_file(tiny_world, tmp_path)
+    config = load(path, [f"data.source={data}"])
+    folder = tmp_path / "results" / "tiny"
+    folder.mkdir(parents=True)
+    _write_contract(config, identities(config, prepare(config, lambda text: None)))
+    _check_same_sources(config, identities(config, prepare(config, lambda text: None)), fresh=False)
+    data.write_text("".join(lines[:150]))
+    assert main([str(path), f"data.source={data}"]) == 2
+    assert "data.source: data.source changed since" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_whole_are_refused(tiny_world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_world.student, broken)
+    (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:1000])
+    assert main([str(sweep_file(tiny_world, tmp_path, student={"model": str(broken)}))]) == 2
+    assert "student.model" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+def test_ctrl_c_while_preparing_ends_with_130(
+    tiny_world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pressed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("neo_ray.prepare.prepare", pressed)
+    assert main([str(sweep_file(tiny_world, tmp_path))]) == 130
+    assert capsys.readouterr().err == "interrupted; the same command goes on from here\n"
 
 
 def test_a_dry_run_imports_neither_torch_nor_ray(tiny_world: World, tmp_path: Path) -> None:

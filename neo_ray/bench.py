@@ -1,0 +1,247 @@
+"""What does it cost? `python -m neo_ray.bench step` times optimizer steps, `… loss` the loss alone, `… table` renders results.
+
+Every result is a ratio between arms of one run. Exit code 2: a mistake, or a package that is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from neo_ray.bench_turns import Measured
+    from neo_ray.config import SweepConfig
+
+SCHEMA_VERSION = 1
+DESCRIPTION = "Time and memory as ratios between arms of one run; the scheme of the results: docs/benchmarks/README.md."
+QUICKSTART = Path(__file__).resolve().parent.parent / "sweeps" / "quickstart.yaml"
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+"""What stands between them in a README is rendered from the JSON files beside it."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    asked = _parser().parse_args(words)
+    try:
+        return _run(asked, words)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "neo_ray"):
+            raise
+        print(f"error: the package {package} is missing; `bench {asked.benchmark}` needs it", file=sys.stderr)
+        return 2
+
+
+def _run(asked: argparse.Namespace, words: list[str]) -> int:
+    from neo_ray.settings import ConfigError
+
+    try:
+        if asked.benchmark == "table":
+            update_readme(asked.folder)
+            return 0
+        _choose_device(asked.device)
+        load = os.getloadavg()
+        result = describe(asked.benchmark, _step(asked) if asked.benchmark == "step" else _loss(asked), words, load)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("\n" + markdown(result))
+    if asked.out is not None:
+        print(write(result, asked.out))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m neo_ray.bench", description=DESCRIPTION)
+    benchmarks = parser.add_subparsers(dest="benchmark", required=True)
+    step = benchmarks.add_parser("step", help="one optimizer step: LoRA-SFT, Neo, and Neo as the reference trainer steps")
+    step.add_argument("--batch", type=_count, default=4, metavar="N", help="sequences of a step (4)")
+    step.add_argument("--length", type=_count, default=256, metavar="N", help="tokens of a sequence (256)")
+    step.add_argument("--teacher", metavar="MODEL", help="folder or hub name; the quickstart's by default")
+    step.add_argument("--student", metavar="MODEL", help="folder or hub name; the quickstart's cut of its teacher by default")
+    step.add_argument("--data", metavar="SOURCE", help="text; the quickstart's by default")
+    step.add_argument("--tiny", action="store_true", help="random models of a few layers: seconds, to see it run")
+    loss = benchmarks.add_parser("loss", help="the loss alone, heads included")
+    loss.add_argument("--tokens", type=_count, default=1024, metavar="N", help="scored positions (1024)")
+    loss.add_argument("--vocabulary", type=_count, metavar="N", help="the quickstart's by default, as are the widths")
+    loss.add_argument("--width", type=_count, metavar="N", help="of the student's last hidden state")
+    loss.add_argument("--teacher-width", type=_count, metavar="N", help="of the teacher's")
+    for benchmark in (step, loss):
+        benchmark.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+        benchmark.add_argument("--repeats", type=_count, default=15, metavar="N", help="measured rounds of all arms (15)")
+        benchmark.add_argument(
+            "--out", type=Path, metavar="PATH", help="a .json file, or a folder: <benchmark>-<device>.json there"
+        )
+    table = benchmarks.add_parser("table", help="render a folder's JSON files into its README.md")
+    table.add_argument("folder", type=Path)
+    return parser
+
+
+def _step(asked: argparse.Namespace) -> Measured:
+    from neo_ray.bench_step import measure_steps
+
+    config = None if asked.tiny else pair(asked.teacher, asked.student, asked.data, asked.length)
+    return measure_steps(config, asked.batch, asked.length, asked.repeats, print)
+
+
+def _loss(asked: argparse.Namespace) -> Measured:
+    from neo_ray.assets import SMOLLM2_CONFIG
+    from neo_ray.bench_loss import measure_losses
+
+    vocabulary, width = asked.vocabulary or SMOLLM2_CONFIG["vocab_size"], asked.width or SMOLLM2_CONFIG["hidden_size"]
+    return measure_losses(asked.tokens, vocabulary, width, asked.teacher_width or width, asked.repeats, print)
+
+
+def pair(teacher: str | None, student: str | None, data: str | None, length: int) -> SweepConfig:
+    """The quickstart's models and text, or others in their place.
+
+    Raises:
+        ConfigError: the quickstart's file cannot be read.
+    """
+    from neo_ray import loading
+
+    given = [f"data.max_length={length}", "data.train_limit=null", *([f"data.source={json.dumps(data)}"] if data else [])]
+    models = (("teacher", teacher), ("student", student))
+    given += [f"{side}={json.dumps({'model': model})}" for side, model in models if model]
+    return loading.load(QUICKSTART, given)
+
+
+def describe(benchmark: str, measured: Measured, words: list[str], load: tuple[float, float, float]) -> dict[str, Any]:
+    """The result as plain data: what `docs/benchmarks/README.md` documents."""
+    import torch
+
+    from neo_ray import devices
+    from neo_ray.bench_turns import BASELINE, summary
+    from neo_ray.environment import environment
+
+    arms = summary(measured.samples)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "benchmark": benchmark,
+        "device": devices.describe(devices.local_device()),
+        "command": shlex.join(["python", "-m", "neo_ray.bench", *words]),
+        "setting": measured.setting,
+        "baseline": BASELINE,
+        "arms": {name: measured.known[name] | arm for name, arm in arms.items()},
+        "threads": torch.get_num_threads(),
+        "load_average": {"before": load, "after": os.getloadavg()},
+        "environment": environment(),
+    }
+
+
+def write(result: dict[str, Any], path: Path) -> Path:
+    """Write a result to a `.json` file, or under its own name into a folder."""
+    from neo_ray.records import write_atomically
+
+    target = path if path.suffix == ".json" else path / f"{result['benchmark']}-{_slug(result['device'])}.json"
+    write_atomically(target, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    return target
+
+
+def update_readme(folder: Path) -> None:
+    """Put the tables of the folder's JSON files between the two marks of its README.md.
+
+    Raises:
+        ConfigError: there is no README.md with both marks.
+    """
+    from neo_ray.records import write_atomically
+    from neo_ray.settings import ConfigError
+
+    path = folder / "README.md"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if BEGIN not in text or END not in text:
+        raise ConfigError(f"{path}: is no file with the lines {BEGIN} and {END}")
+    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
+    write_atomically(path, f"{before}{BEGIN}\n{rendered(folder)}{END}{after}")
+
+
+def rendered(folder: Path) -> str:
+    """The tables of all JSON files in a folder, by file name."""
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    return "".join(f"\n{markdown(result)}\n" for result in results)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """One result as a heading, a line of conditions and a table that reads well on a terminal too."""
+    columns = {name: cell for name, cell in COLUMNS.items() if any(cell(*item) for item in result["arms"].items())}
+    rows = [list(columns), *([cell(*item) for cell in columns.values()] for item in result["arms"].items())]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, ["-" * width for width in widths])
+    lines = (" | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in rows)
+    table = "\n".join(f"| {line} |" for line in lines)
+    return f"### {result['benchmark']}, {result['device']}\n\n{_conditions(result)}\n\n{table}"
+
+
+def _conditions(result: dict[str, Any]) -> str:
+    setting = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in result["setting"].items())
+    before, after = (result["load_average"][when][0] for when in ("before", "after"))
+    run = {
+        "rounds": len(result["arms"][result["baseline"]]["seconds"]),
+        "threads": result["threads"],
+        "torch": result["environment"]["packages"]["torch"],
+        "load before": f"{before:.1f}",
+        "after": f"{after:.1f}",
+    }
+    facts = ", ".join(f"{name} {value}" for name, value in run.items())
+    return f"{setting}; {facts}; {result['environment']['time'][:10]}: `{result['command']}`"
+
+
+def _time_ratio(_: str, arm: dict[str, Any]) -> str:
+    value, low, high = (arm["time_ratio"][key] for key in ("value", "low", "high"))
+    return f"{value:.2f}" if low == high else f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _seconds(_: str, arm: dict[str, Any]) -> str:
+    return "{:#.3g} [{:#.3g}, {:#.3g}]".format(arm["median_seconds"], *arm["quartiles_seconds"])
+
+
+def _number(key: str, digits: int, unit: float = 1) -> Cell:
+    return lambda _, arm: "" if arm.get(key) is None else f"{arm[key] / unit:.{digits}f}"
+
+
+Cell = Callable[[str, dict[str, Any]], str]
+COLUMNS: dict[str, Cell] = {
+    "arm": lambda name, _: name,
+    "what": lambda _, arm: arm["about"],
+    "time ratio [95 %]": _time_ratio,
+    "counted": _number("counted_ratio", 2),
+    "seconds [quartiles]": _seconds,
+    "held MB": _number("held_bytes", 0, 1e6),
+    "peak above MB": _number("median_extra_bytes", 0, 1e6),
+    "peak ratio": _number("memory_ratio", 2),
+}
+"""Heading → cell of an arm; a column without any value is left out."""
+
+
+def _choose_device(wanted: str) -> None:
+    """Before torch looks for a GPU."""
+    from neo_ray.settings import ConfigError
+
+    if wanted == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    from neo_ray import devices
+
+    if wanted == "cuda" and devices.local_device().type != "cuda":
+        raise ConfigError("--device cuda: torch finds no GPU here; allowed: auto, cpu")
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

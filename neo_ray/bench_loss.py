@@ -1,0 +1,90 @@
+"""What does the loss alone cost? From the decoders' last hidden states, through the heads, to the gradient on the student's.
+
+The heads take part because a loss that never holds [N, V] logits can only be compared where the logits are made.
+Shapes: N scored positions, V vocabulary, H hidden width (the teacher's may be another).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from neo_ray import devices
+from neo_ray.bench_turns import BASELINE, Announce, Measured, take_turns
+from neo_ray.losses import neo_loss
+from neo_ray.settings import DistillConfig
+
+
+@dataclass(frozen=True)
+class Inputs:
+    student_NH: Tensor
+    """With gradient; all else is frozen."""
+    student_head_VH: Tensor
+    teacher_NH: Tensor
+    teacher_head_VH: Tensor
+    labels_N: Tensor
+
+
+@dataclass(frozen=True)
+class LossArm:
+    about: str
+    loss: Callable[[Inputs], Tensor]
+    """The mean loss in nats, to call backward on."""
+
+
+def measure_losses(num_tokens: int, vocabulary: int, width: int, teacher_width: int, rounds: int, announce: Announce) -> Measured:
+    """Forward and backward of every loss arm on the same random inputs."""
+    device = devices.local_device()
+    dtype = devices.resolve_dtype("auto", device)
+    inputs = make_inputs(num_tokens, vocabulary, width, teacher_width, device, dtype)
+
+    def once(arm: LossArm) -> Callable[[int], None]:
+        def call(_: int) -> None:
+            inputs.student_NH.grad = None
+            arm.loss(inputs).backward()
+
+        return call
+
+    widths = {"tokens": num_tokens, "vocabulary": vocabulary, "width": width, "teacher_width": teacher_width}
+    setting = {**widths, "dtype": str(dtype).removeprefix("torch.")}
+    samples = take_turns({name: once(arm) for name, arm in ARMS.items()}, rounds, device, announce)
+    return Measured(setting, {name: {"about": arm.about} for name, arm in ARMS.items()}, samples)
+
+
+def make_inputs(
+    num_tokens: int, vocabulary: int, width: int, teacher_width: int, device: torch.device, dtype: torch.dtype
+) -> Inputs:
+    """Random states and heads. Assumption: logits have a standard deviation of 2, as a trained model's do roughly."""
+    torch.manual_seed(0)
+
+    def states_and_head(width: int) -> tuple[Tensor, Tensor]:
+        states_NH = torch.randn(num_tokens, width, device=device)
+        return states_NH.to(dtype), (torch.randn(vocabulary, width, device=device) * 2 / width**0.5).to(dtype)
+
+    student_NH, student_head_VH = states_and_head(width)
+    labels_N = torch.randint(vocabulary, (num_tokens,), device=device)
+    return Inputs(student_NH.requires_grad_(), student_head_VH, *states_and_head(teacher_width), labels_N)
+
+
+def cross_entropy(inputs: Inputs) -> Tensor:
+    """What a trial without a teacher computes."""
+    sums = neo_loss(F.linear(inputs.student_NH, inputs.student_head_VH), inputs.labels_N, None, DistillConfig())
+    return sums.total / sums.count
+
+
+def dense(inputs: Inputs) -> Tensor:
+    """Whole logits of student and teacher, then `neo_loss`, as the project's step has it."""
+    student_NV = F.linear(inputs.student_NH, inputs.student_head_VH)
+    teacher_NV = F.linear(inputs.teacher_NH, inputs.teacher_head_VH)
+    sums = neo_loss(student_NV, inputs.labels_N, teacher_NV, DistillConfig())
+    return sums.total / sums.count
+
+
+ARMS = {
+    BASELINE: LossArm("head and cross-entropy, no teacher", cross_entropy),
+    "neo": LossArm("both heads and the dense Neo loss", dense),
+}

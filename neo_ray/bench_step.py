@@ -1,0 +1,224 @@
+"""What does one optimizer step cost? LoRA-SFT, Neo, and Neo as the reference trainer steps, on one pair and the same batches.
+
+Shapes: B sequences, L tokens, V vocabulary, E examples of a split.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from neo_ray import adapters, devices, train
+from neo_ray.batches import StepPlan, plan_steps
+from neo_ray.bench_turns import BASELINE, Announce, Measured, num_calls, take_turns
+from neo_ray.config import SweepConfig
+from neo_ray.data import Split, TokenData, collate
+from neo_ray.losses import IGNORED
+from neo_ray.memory import ModelShape, adapter_parameters, shape_from_config
+from neo_ray.parts import Parts, Sources, load_parts, shape_of
+from neo_ray.prepare import make_student, prepare
+from neo_ray.settings import ConfigError, DeepSpeedConfig, LoraConfig, TrainingConfig, TrialConfig
+
+LORA = LoraConfig(rank=16, alpha=32)
+ADAM_MOMENTS_BYTES = 2 * 4
+
+
+@dataclass(frozen=True)
+class StepArm:
+    about: str
+    settings: dict[str, Any]
+    """What sets the arm's trial apart from the others'."""
+    step: Callable[..., tuple[float, float, float]]
+    """Called as the project's own step is; returns loss, CE and KD."""
+
+
+def measure_steps(config: SweepConfig | None, batch: int, length: int, rounds: int, announce: Announce) -> Measured:
+    """One optimizer step of every arm on full sequences: no padding, and every position scored that has a next one.
+
+    Args:
+        config: whose models and text; None takes random models of a few layers and random tokens.
+
+    Raises:
+        ConfigError: models or text cannot be had.
+    """
+    devices.prepare_deepspeed()  # first, so that its absence is known at once
+    device, steps = devices.local_device(), num_calls(rounds)
+    trial = make_trial(batch, steps)
+    if config is None:
+        parts = tiny_parts(trial, device, length)
+    else:
+        parts = load_parts(make_student(config, prepare(config, announce), announce), trial, device)
+    split = full_sequences(parts.data.split("train"), length, batch * steps)
+    plan = plan_steps(split.num_tokens, split.num_labels, trial.training, points=1, seed=trial.seed)
+    with process_group(device):
+        running = {name: Running(arm, trial, parts, split, plan) for name, arm in ARMS.items()}
+        known = {name: _known(arm, running[name]) for name, arm in ARMS.items()}
+        samples = take_turns({name: run.step for name, run in running.items()}, rounds, device, announce)
+        for run in running.values():
+            run.engine.destroy()
+    setting = {
+        "teacher": config.teacher.model if config is not None and config.teacher is not None else "random, tiny",
+        "student": _student_name(config),
+        "batch_size": batch,
+        "length_tokens": length,
+        "scored_positions": int(plan.labels[0]),
+        "rank": trial.lora.rank,
+        "kd_ratio": trial.distill.kd_ratio,
+        "zero_stage": trial.deepspeed.zero_stage,
+        "dtype": str(parts.dtype).removeprefix("torch."),
+    }
+    return Measured(setting, known, samples)
+
+
+class Running:
+    """An arm at work: a student, an adapter and an optimizer of its own; the teacher is shared."""
+
+    def __init__(self, arm: StepArm, trial: TrialConfig, parts: Parts, split: Split, plan: StepPlan) -> None:
+        self.trial = TrialConfig.model_validate({**dict(trial), **arm.settings})
+        self.parts = replace(parts, student=copy.deepcopy(parts.student))  # a model carries one adapter at a time
+        self.student = train.Student(adapters.attach(self.parts.student, self.trial), parts.device, parts.dtype)
+        self.trained = adapters.trained_parameters(self.student.model)
+        self.engine = train._engine(self.student, self.trained, self.trial, world_size=1)
+        self._arm, self._split, self._plan = arm, split, plan
+        self.student.train()
+
+    def step(self, number: int) -> tuple[float, float, float]:
+        """Loss, CE and KD of the step."""
+        rate = self.trial.training.learning_rate
+        return self._arm.step(self.engine, self.trial, self.parts, self._split, self._plan, number, rate)
+
+
+def reference_step(
+    engine: Any, trial: TrialConfig, parts: Parts, split: Split, plan: StepPlan, step: int, rate: float
+) -> tuple[float, float, float]:
+    """The step of LLM-Neo's own trainer (LLaMA-Factory), written plainly; returns means, where the project's returns sums.
+
+    Two full forwards; logits, log-softmax and softmax in fp32 over the whole vocabulary at every position, padding included; the
+    mask comes last. Adapter, optimizer, precision and engine are the project's, so that the ratio between them is the step's.
+    """
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+    (indices,) = plan.micro_batches(step, 0, 1, trial.training.batch_size, split.num_tokens)
+    batch = collate(split.examples(indices), parts.sources.pad_id, parts.device)
+    assert parts.teacher is not None
+    student_BLV = engine(batch.input_ids_BL, batch.attention_mask_BL).float()
+    with torch.no_grad():
+        teacher_BLV = parts.teacher(input_ids=batch.input_ids_BL, attention_mask=batch.attention_mask_BL).logits.float()
+    next_BL = F.pad(batch.labels_BL, (0, 1), value=IGNORED)[:, 1:]
+    ce = F.cross_entropy(student_BLV.flatten(0, 1), next_BL.flatten(), ignore_index=IGNORED)
+    kl_BLV = F.kl_div(F.log_softmax(student_BLV, -1), F.softmax(teacher_BLV, -1), reduction="none")
+    kd = kl_BLV.sum(-1)[next_BL != IGNORED].mean()
+    loss = (1 - trial.distill.kd_ratio) * ce + trial.distill.kd_ratio * kd
+    engine.backward(loss)
+    engine.step()
+    return loss.item(), ce.item(), kd.item()
+
+
+ARMS = {
+    BASELINE: StepArm("LoRA-SFT, no teacher", {"method": "lora"}, train._optimizer_step),
+    "neo": StepArm("Neo, live teacher", {"method": "neo"}, train._optimizer_step),
+    "reference": StepArm("Neo as the reference trainer steps", {"method": "neo"}, reference_step),
+}
+
+
+def make_trial(batch: int, steps: int) -> TrialConfig:
+    """The settings that all arms share."""
+    training = TrainingConfig(batch_size=batch, micro_batch_size=batch, steps=steps)
+    return TrialConfig(lora=LORA, training=training, deepspeed=DeepSpeedConfig(zero_stage=0))
+
+
+def full_sequences(split: Split, length: int, count: int) -> Split:
+    """Up to `count` examples of exactly `length` tokens, cut from the split's examples laid end to end.
+
+    Raises:
+        ConfigError: the text is shorter than one of them.
+    """
+    enough = int(np.searchsorted(np.cumsum(split.num_tokens), count * length)) + 1
+    pairs = split.examples(range(min(enough, len(split))))
+    ids, labels = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    count = min(count, len(ids) // length)
+    if count == 0:
+        raise ConfigError(f"--length: {length} tokens are more than the {len(ids)} of the training text")
+    return _split(*(side[: count * length].reshape(count, length) for side in (ids, labels)))
+
+
+def _split(ids_EL: np.ndarray, labels_EL: np.ndarray) -> Split:
+    lengths_E = np.full(len(ids_EL), ids_EL.shape[1])
+    rows = datasets.Dataset.from_dict({"input_ids": list(ids_EL), "labels": list(labels_EL)})
+    return Split(rows, lengths_E, (labels_EL[:, 1:] != IGNORED).sum(axis=1), np.zeros_like(lengths_E))
+
+
+def tiny_parts(trial: TrialConfig, device: torch.device, length: int) -> Parts:
+    """A random teacher of 4 layers, a random student of 2, 64 random sequences: enough to see the benchmark run."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    vocabulary, dtype = 512, devices.resolve_dtype(trial.training.dtype, device)
+    widths: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    widths["vocab_size"] = vocabulary
+    torch.manual_seed(0)
+
+    def model(num_layers: int) -> nn.Module:
+        network: nn.Module = LlamaForCausalLM(LlamaConfig(num_hidden_layers=num_layers, use_cache=False, **widths))
+        return network.to(device, dtype).eval().requires_grad_(False)
+
+    ids_EL = np.random.default_rng(0).integers(vocabulary, size=(64, length))
+    data = TokenData(Path(), "random", {}, {"train": _split(ids_EL, ids_EL)})
+    sources = Sources(student="random", data="random", teacher="random", vocabulary=vocabulary)
+    return Parts(sources, shape_of(trial, device), model(2), model(4), data, device, dtype)
+
+
+def counted_ratio(lora: LoraConfig, student: ModelShape, teacher: ModelShape | None = None) -> float:
+    """A step's operations over those of the LoRA-SFT step, counted from the parameters; 1 without a teacher.
+
+    Per token 2 operations for each weight in a forward pass and 2 for the gradient of its input; a frozen weight needs no
+    gradient of its own, the adapter's do (2 more). Attention's products, norms and the softmaxes are left out.
+    """
+    sft = 4 * _multiplied(student) + 6 * adapter_parameters(student, lora)
+    return (sft + (2 * _multiplied(teacher) if teacher is not None else 0)) / sft
+
+
+def _multiplied(shape: ModelShape) -> int:
+    """Weights that each token is multiplied by: the linear layers and the head."""
+    layer = sum(n_in * n_out for n_in, n_out in shape.linear_layers.values())
+    return shape.num_layers * layer + shape.vocab_size * shape.hidden_size
+
+
+def _known(arm: StepArm, running: Running) -> dict[str, Any]:
+    """What the arm alone would hold between steps (weights of its models, AdamW's moments), and its counted operations."""
+    has_teacher = running.trial.has_teacher and running.parts.teacher is not None
+    models: list[Any] = [running.parts.student, *([running.parts.teacher] if has_teacher else [])]
+    weights = sum(p.numel() * p.element_size() for model in models for p in model.parameters())
+    moments = ADAM_MOMENTS_BYTES * sum(p.numel() for p in running.trained.values())
+    shapes = [shape for model in models if (shape := shape_from_config(model.config.to_dict())) is not None]
+    counted = counted_ratio(running.trial.lora, *shapes) if len(shapes) == len(models) else None
+    return {"about": arm.about, "held_bytes": weights + moments, "counted_ratio": counted}
+
+
+def _student_name(config: SweepConfig | None) -> str:
+    if config is None:
+        return "random, tiny"
+    prune = config.student.prune
+    return str(config.student.model) if prune is None else f"the teacher cut to {len(prune.layers or ()) or prune.keep} layers"
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """DeepSpeed wants one, of one process too. It keeps groups of its own, and forgets them only if asked itself."""
+    import deepspeed.comm
+
+    dist.init_process_group(dist.get_default_backend_for_device(device), store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        (deepspeed.comm if deepspeed.comm.is_initialized() else dist).destroy_process_group()

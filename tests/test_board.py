@@ -1,0 +1,155 @@
+"""Does a trial get a slot again when it should, and only then? The board alone, without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from neo_ray.board import Board
+
+CONFIG = {"training": {"micro_batch_size": "auto"}}
+
+
+def on_a_board(story: Callable[[Board], Awaitable[None]], max_failures: int = 1) -> None:
+    async def told() -> None:
+        board = Board(max_failures)
+        await board.submit("0000", {"config": CONFIG})
+        await board.submit("0001", {"config": CONFIG})
+        await asyncio.wait_for(story(board), 10)
+
+    asyncio.run(told())
+
+
+def kinds(board: Board, trial: str) -> list[Any]:
+    return [item["kind"] for item in board.items[trial]]
+
+
+def test_a_trial_without_memory_comes_back_first_with_half_the_micro_batch() -> None:
+    async def story(board: Board) -> None:
+        assert (await board.take(0))[0] == "0000"
+        for size, half in ((5, 3), (3, 2), (2, 1)):
+            await board.using("0000", size)
+            await board.retry_smaller(0, "0000", "no memory")
+            await board.retry_smaller(0, "0000", "the other rank says so, too")
+            trial, job = await board.take(0)
+            assert trial == "0000" and job is not None and job["micro_batch_size"] == half
+        assert kinds(board, "0000") == ["attempt"] * 3
+        assert "micro-batch of 5 halved: no memory" in board.items["0000"][0]["message"]
+
+    on_a_board(story)
+
+
+def test_a_worker_that_died_for_want_of_memory_halves_and_counts_as_no_failure() -> None:
+    async def story(board: Board) -> None:
+        await board.take(0)
+        await board.using("0000", 2)
+        await board.slot_lost(0, "killed", "out_of_memory")
+        trial, job = await board.take(0)
+        assert trial == "0000" and job is not None and job["micro_batch_size"] == 1 and not board.failures
+        for _ in range(2):  # with a micro-batch of 1 there is nothing to halve: failures count
+            await board.using("0000", 1)
+            await board.slot_lost(0, "killed", "out_of_memory")
+            await board.take(0)
+        end = board.items["0000"][-1]
+        assert (end["kind"], end["state"], end["cause"]) == ("end", "FAILED", "out_of_memory")
+
+    on_a_board(story)
+
+
+def test_a_lost_slot_returns_its_trial_a_bounded_number_of_times() -> None:
+    async def story(board: Board) -> None:
+        await board.take(0)
+        assert await board.slot_lost(0, "node died", "error") == ("0000", 0)
+        assert (await board.take(1))[0] == "0000", "it goes on before the others"
+        assert await board.slot_lost(0, "again", "error") == (None, 0), "the slot that lost it holds nothing"
+        await board.slot_lost(1, "node died", "error")
+        assert board.items["0000"][-1]["state"] == "FAILED"
+        assert "died 2 times; the last time: node died" in board.items["0000"][-1]["error"]
+        assert (await board.take(1))[0] == "0001"
+
+    on_a_board(story)
+
+
+def test_an_end_counts_once_and_only_from_the_slot_that_holds_the_trial() -> None:
+    async def story(board: Board) -> None:
+        await board.take(0)
+        await board.finish(0, "0000", {"state": "FAILED"})
+        await board.finish(0, "0000", {"state": "FAILED"})
+        await board.finish(1, "0001", {"state": "COMPLETE"})
+        assert kinds(board, "0000") == ["end"] and kinds(board, "0001") == []
+
+    on_a_board(story)
+
+
+def test_a_stop_wakes_the_slot_at_once_and_a_stopped_trial_in_the_queue_needs_no_slot() -> None:
+    async def story(board: Board) -> None:
+        await board.take(0)
+        listening = asyncio.create_task(board.when_cancelled("0000"))
+        await asyncio.sleep(0.01)
+        assert not listening.done()
+        await board.cancel("0000")
+        assert kinds(board, "0000") == ["stop"], "the decision is in the log before the slot has seen it"
+        assert await asyncio.wait_for(listening, 1)
+        await board.finish(0, "0000", {"state": "PRUNED"})
+        assert await board.when_cancelled("0000"), "asked again, it is still so"
+        await board.cancel("0001")
+        await board.close()
+        assert await board.take(0) == ("closed", None)
+        assert board.items["0001"][-1]["state"] == "PRUNED"
+
+    on_a_board(story)
+
+
+def test_a_listener_is_let_go_when_its_trial_ends() -> None:
+    async def story(board: Board) -> None:
+        await board.take(0)
+        listening = asyncio.create_task(board.when_cancelled("0000"))
+        await asyncio.sleep(0.01)
+        await board.finish(0, "0000", {"state": "COMPLETE"})
+        assert not await asyncio.wait_for(listening, 1)
+
+    on_a_board(story)
+
+
+def test_the_board_knows_which_slots_ever_asked() -> None:
+    async def story(board: Board) -> None:
+        await board.take(3)
+        assert await board.close() == {3}
+
+    on_a_board(story)
+
+
+def test_a_hang_is_the_cause_that_is_recorded() -> None:
+    async def story(board: Board) -> None:
+        for _ in range(2):
+            await board.take(0)
+            await board.hang(0)
+            await board.slot_lost(0, "worker exited", "error")
+        assert board.items["0000"][-1]["cause"] == "hung"
+
+    on_a_board(story)
+
+
+def test_a_slot_whose_models_do_not_load_gives_its_trial_back_unharmed() -> None:
+    async def story(board: Board) -> None:
+        await board.take(0)
+        await board.give_back(0, "0000")
+        assert await board.slot_lost(0, "no weights", "error") == (None, 0)
+        assert not board.items["0000"] and not board.failures
+        assert (await board.take(1))[0] == "0000"
+
+    on_a_board(story)
+
+
+def test_a_trial_whose_tune_side_died_is_a_failure_and_not_a_decision() -> None:
+    async def story(board: Board) -> None:
+        await board.take(0)
+        await board.cancel("0000", "its Tune trial died")
+        await board.finish(0, "0000", {"state": "PRUNED"})
+        end = board.items["0000"][-1]
+        assert (end["state"], end["cause"], end["error"]) == ("FAILED", "error", "its Tune trial died")
+        assert kinds(board, "0000") == ["end"]
+        assert await board.slot_lost(0, "x", "error") == (None, 1), "one trial ended in this slot"
+
+    on_a_board(story)

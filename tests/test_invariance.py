@@ -1,0 +1,332 @@
+"""Does any way of cutting an optimizer step up change its gradient? One law over accumulation, workers, packing, padding,
+vocabulary padding, ZeRO stage, kd_ratio and temperature, held by the loop's own step with a real DeepSpeed engine (fp32, CPU).
+
+Reference: float64, one example after another, unpadded, with probabilities written out; all sums divided once, by the labelled
+positions of the whole batch. Shape suffixes: L tokens of an example, N its scored positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from tiny import VOCABULARY, make_llama
+
+from neo_ray import adapters, train
+from neo_ray.batches import plan_steps
+from neo_ray.data import Split, TokenData
+from neo_ray.parts import Parts, Sources, sum_over_ranks
+from neo_ray.settings import DeepSpeedConfig, DistillConfig, LoraConfig, TrainingConfig, TrialConfig
+
+CPU = torch.device("cpu")
+TOLERANCE = 1e-4
+BATCH_SIZE = 8
+# Six examples of a batch of eight, as at the end of an epoch: some micro-batch has fewer of them, or none.
+LENGTHS = (61, 2, 17, 33, 5, 48)
+UNLABELLED = (20, 0, 0, 31, 1, 40)
+"""Tokens of a prompt at the beginning of each example: the labels counted are 41, 1, 16, 2, 4 and 8."""
+PADDING_ROWS = 24
+
+
+@dataclass(frozen=True)
+class Case:
+    micro_batches: int
+    layout: str
+    padded: str
+    """Whose vocabulary has rows beyond the tokenizer's."""
+    objective: tuple[float, float]
+    """kd_ratio and temperature."""
+    stage: int = 0
+    method: str = "neo"
+    workers: int = 1
+
+    def __str__(self) -> str:
+        kd_ratio, temperature = self.objective
+        parts = (f"micro{self.micro_batches}", self.layout, self.padded, f"kd{kd_ratio:g}", f"T{temperature:g}")
+        return "-".join((*parts, f"zero{self.stage}", self.method))
+
+    def trial(self) -> TrialConfig:
+        training = TrainingConfig(
+            batch_size=BATCH_SIZE,
+            micro_batch_size=BATCH_SIZE // (self.micro_batches * self.workers),
+            epochs=1,
+            max_grad_norm=0,
+            dtype="fp32",
+            packing=self.layout == "packed",
+            padding_side="left" if self.layout == "left" else "right",
+        )
+        kd_ratio, temperature = self.objective
+        return TrialConfig(
+            method=self.method,  # type: ignore[arg-type]
+            lora=LoraConfig(rank=4, alpha=8),
+            distill=DistillConfig(kd_ratio=kd_ratio, temperature=temperature),
+            training=training,
+            deepspeed=DeepSpeedConfig(zero_stage=self.stage),  # type: ignore[arg-type]
+        )
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a step gave, over all workers."""
+
+    gradient: dict[str, torch.Tensor]
+    sums: tuple[float, ...]
+    """Loss, CE and KD."""
+    counts: set[int]
+    """Positions that CE scored and those that KD did."""
+
+
+WAYS = {
+    "micro_batches": [1, 2, 4],
+    "layout": ["right", "left", "packed"],
+    "padded": ["none", "teacher", "student"],
+    "objective": [(0.0, 1.0), (0.5, 1.0), (0.5, 2.0), (1.0, 1.0), (1.0, 2.0)],
+}
+ENGINES = {"stage": [0, 1, 2, 3], "method": ["neo", "kd"]}
+
+
+def all_of(ways: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(ways, values, strict=True)) for values in itertools.product(*ways.values())]
+
+
+def covering(ways: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """Combinations in which every pair of values of two ways occurs. Greedy: the one with the most new pairs comes next."""
+    left, candidates, chosen = {pair for row in all_of(ways) for pair in pairs(row)}, all_of(ways), []
+    while left:
+        chosen.append(max(candidates, key=lambda row: len(left & pairs(row))))
+        left -= pairs(chosen[-1])
+    return chosen
+
+
+def pairs(row: dict[str, Any]) -> set[Any]:
+    return set(itertools.combinations(row.items(), 2))
+
+
+ALONE = list(dict.fromkeys(Case(**row) for row in all_of(WAYS) + covering(WAYS | ENGINES)))
+TOGETHER = [Case(**row, workers=2) for row in covering(WAYS | ENGINES)]
+
+
+def test_a_covering_has_every_pair_of_values() -> None:
+    for (one, ones), (other, others) in itertools.combinations((WAYS | ENGINES).items(), 2):
+        found = {(getattr(case, one), getattr(case, other)) for case in TOGETHER}
+        assert found == set(itertools.product(ones, others))
+    assert len(TOGETHER) < 30
+
+
+# Models and data
+
+
+def examples() -> list[tuple[np.ndarray, np.ndarray]]:
+    """Ids and labels. The padding token stands in the text as well, and some first tokens are labelled."""
+    made = []
+    for number, (length, unlabelled) in enumerate(zip(LENGTHS, UNLABELLED, strict=True)):
+        ids_L = np.random.default_rng(number).integers(VOCABULARY, size=length)
+        ids_L[length // 2] = 0
+        made.append((ids_L, np.where(np.arange(length) < unlabelled, -100, ids_L)))
+    return made
+
+
+def scored_positions(labels_L: np.ndarray) -> list[int]:
+    """The positions whose next token has a label."""
+    return [position for position in range(len(labels_L) - 1) if labels_L[position + 1] != -100]
+
+
+def make_split() -> Split:
+    ids, labels = zip(*examples(), strict=True)
+    counts = np.array([len(scored_positions(labels_L)) for labels_L in labels])
+    rows = datasets.Dataset.from_dict({"input_ids": ids, "labels": labels})
+    return Split(rows, np.array(LENGTHS), counts, np.zeros(len(LENGTHS), np.int64))
+
+
+def make_model(side: str, padded: str) -> Any:
+    """A Llama whose padding rows, where it has some, would take most of the probability."""
+    more = PADDING_ROWS if side == padded else 0
+    model = make_llama(4 if side == "teacher" else 2, seed=side == "teacher", vocabulary=VOCABULARY + more)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[VOCABULARY:].mul_(4)
+    model.config.use_cache = False
+    return model.requires_grad_(False)
+
+
+def make_student(padded: str, method: str) -> Any:
+    """The model to train. The branch of LoRA is random on both sides: as it starts, half of its gradient is zero."""
+    trial = Case(1, "right", padded, (0.5, 1.0), method=method).trial()
+    model = adapters.attach(make_model("student", padded), trial)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 16)
+    return model
+
+
+# The reference
+
+
+@functools.cache
+def reference_parts(padded: str, method: str) -> dict[Any, tuple[float, dict[str, torch.Tensor]]]:
+    """Sum over all labelled positions and its gradient: of the cross-entropy ("ce"), and of T²·KL for each T."""
+    student, teacher = make_student(padded, method).double(), make_model("teacher", padded).double()
+    sums: dict[Any, torch.Tensor] = {"ce": torch.zeros(()), 1.0: torch.zeros(()), 2.0: torch.zeros(())}
+    for ids_L, labels_L in examples():
+        rows, next_N = scored_positions(labels_L), [labels_L[n + 1] for n in scored_positions(labels_L)]
+        student_NV, teacher_NV = (
+            model(input_ids=torch.tensor(ids_L)[None]).logits[0, rows, :VOCABULARY] for model in (student, teacher)
+        )
+        sums["ce"] = sums["ce"] - probabilities(student_NV, 1.0)[range(len(rows)), next_N].log().sum()
+        for temperature in (1.0, 2.0):
+            p_NV, q_NV = (probabilities(logits_NV, temperature) for logits_NV in (teacher_NV.detach(), student_NV))
+            sums[temperature] = sums[temperature] + temperature**2 * (p_NV * (p_NV / q_NV).log()).sum()
+    trained = adapters.trained_parameters(student)
+    gradients = {key: torch.autograd.grad(total, list(trained.values()), retain_graph=True) for key, total in sums.items()}
+    return {key: (sums[key].item(), dict(zip(trained, gradients[key], strict=True))) for key in sums}
+
+
+def probabilities(logits_NV: torch.Tensor, temperature: float) -> torch.Tensor:
+    weights_NV = (logits_NV / temperature).exp()
+    return weights_NV / weights_NV.sum(dim=1, keepdim=True)
+
+
+def reference(case: Case) -> Found:
+    (kd_ratio, temperature), parts = case.objective, reference_parts(case.padded, case.method)
+    (ce, ce_gradient), (kd, kd_gradient) = parts["ce"], parts[temperature]
+    count = sum(len(scored_positions(labels_L)) for _, labels_L in examples())
+    gradient = {name: ((1 - kd_ratio) * ce_gradient[name] + kd_ratio * kd_gradient[name]) / count for name in ce_gradient}
+    sums = ((1 - kd_ratio) * ce + kd_ratio * kd, ce, kd if kd_ratio else 0.0)
+    return Found(gradient, sums, {count})
+
+
+# The step
+
+
+class Steps:
+    """Takes the project's own step for a case. Engines are kept where cases differ only in what a step is given."""
+
+    def __init__(self) -> None:
+        self.split = make_split()
+        self.engines: dict[Any, Any] = {}
+
+    def take(self, case: Case) -> Found:
+        trial = case.trial()
+        engine, trained = self._engine(case, trial)
+        teacher = make_model("teacher", case.padded)
+        sources = Sources(student="tiny", data="made", teacher="tiny", vocabulary=VOCABULARY, pad_id=0)
+        data = TokenData(Path(), "made", {}, {"train": self.split})
+        parts = Parts(sources, (), engine.module.model, teacher, data, CPU, torch.float32)
+        plan = plan_steps(self.split.num_tokens, self.split.num_labels, trial.training, 1, 0)
+        with gradient_of(engine, trained) as gradient, counting() as counts:
+            sums = train._optimizer_step(engine, trial, parts, self.split, plan, step=0, rate=0.0)
+        everywhere = sum_over_ranks(torch.tensor([*sums, *counts], dtype=torch.float64)).tolist()
+        return Found(gradient, tuple(everywhere[:3]), {round(count) for count in everywhere[3:]})
+
+    def _engine(self, case: Case, trial: TrialConfig) -> tuple[Any, dict[str, Any]]:
+        key = (case.micro_batches, case.padded == "student", case.stage, case.method)
+        if key not in self.engines:
+            student = train.Student(make_student(case.padded, case.method), CPU, torch.float32).train()
+            trained = adapters.trained_parameters(student.model)
+            self.engines[key] = train._engine(student, trained, trial, case.workers), trained
+        return self.engines[key]
+
+
+@contextmanager
+def gradient_of(engine: Any, trained: dict[str, Any]) -> Iterator[dict[str, torch.Tensor]]:
+    """Whole gradients by name, taken in the instant before the optimizer uses them."""
+    from deepspeed.utils import safe_get_full_grad
+
+    gradient: dict[str, torch.Tensor] = {}
+    step = engine.step
+
+    def looked_at() -> None:
+        if engine.is_gradient_accumulation_boundary():
+            assert not gradient, "two updates in one step"
+            gradient.update({name: safe_get_full_grad(parameter).double().clone() for name, parameter in trained.items()})
+        step()
+
+    engine.step = looked_at
+    try:
+        yield gradient
+    finally:
+        del engine.step
+
+
+@contextmanager
+def counting() -> Iterator[list[int]]:
+    """Rows that the cross-entropy and the divergence are given, over the micro-batches of a step."""
+    counts, neo_loss = [0, 0], train.neo_loss
+
+    def counted(student_NV: Any, labels_N: Any, teacher_NV: Any, *settings: Any) -> Any:
+        counts[0] += len(labels_N)
+        counts[1] += len(teacher_NV if teacher_NV is not None else student_NV)
+        return neo_loss(student_NV, labels_N, teacher_NV, *settings)
+
+    train.neo_loss = counted
+    try:
+        yield counts
+    finally:
+        train.neo_loss = neo_loss
+
+
+@contextmanager
+def process_group(rank: int, world_size: int, meeting: Path) -> Iterator[None]:
+    """DeepSpeed keeps groups of its own, and forgets them only if asked itself."""
+    import deepspeed.comm
+
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        (deepspeed.comm if deepspeed.comm.is_initialized() else dist).destroy_process_group()
+
+
+def work(rank: int, folder: Path) -> None:
+    """One of two workers: takes its part in every case, and the first writes down what was found."""
+    torch.set_num_threads(1)
+    with process_group(rank, 2, folder / "meeting"):
+        steps = Steps()
+        found = {str(case): steps.take(case) for case in TOGETHER}
+    if rank == 0:
+        torch.save(found, folder / "found")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Steps]:
+    with process_group(0, 1, tmp_path_factory.mktemp("alone") / "meeting"):
+        yield Steps()
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
+    """What two workers found in every case: they are started once, since that takes longer than their work."""
+    folder = tmp_path_factory.mktemp("together")
+    mp.spawn(work, args=(folder,), nprocs=2)
+    return torch.load(folder / "found", weights_only=False)
+
+
+def agree(found: Found, expected: Found) -> None:
+    assert found.counts == expected.counts, "CE and KD score the same positions, those of the batch"
+    assert found.sums == pytest.approx(expected.sums, rel=1e-5)
+    assert found.gradient.keys() == expected.gradient.keys()
+    ours, theirs = (torch.cat([side.gradient[name].flatten() for name in expected.gradient]) for side in (found, expected))
+    assert ours.norm() / theirs.norm() == pytest.approx(1.0, abs=TOLERANCE)
+    assert (ours - theirs).norm() / theirs.norm() <= TOLERANCE
+
+
+@pytest.mark.parametrize("case", ALONE, ids=str)
+def test_one_worker_has_the_gradient_of_the_dense_reference(alone: Steps, case: Case) -> None:
+    agree(alone.take(case), reference(case))
+
+
+@pytest.mark.parametrize("case", TOGETHER, ids=str)
+def test_two_workers_have_the_gradient_of_the_dense_reference(together: dict[str, Found], case: Case) -> None:
+    agree(together[str(case)], reference(case))
