@@ -25,6 +25,9 @@ from neo_ray.memory import reduce_bucket_elements
 from neo_ray.parts import Parts, rank_and_world_size, sum_over_ranks
 from neo_ray.settings import TrialConfig
 
+LINEAR = torch.nn.functional.linear
+"""PyTorch's own. ZeRO-3 puts another in its place for good, which keeps more for the backward pass of any later trial."""
+
 Row = dict[str, Any]
 Report = Callable[[Row], None]
 
@@ -149,6 +152,7 @@ def train(
         outcome = Outcome("COMPLETE", metrics=metrics)
     final = _worst(totals(), parts)
     engine.destroy()
+    torch.nn.functional.linear = LINEAR
     if trial.training.gradient_checkpointing:
         cast(Any, student.model).gradient_checkpointing_disable()
     adapters.detach(student.model)
@@ -184,6 +188,7 @@ def _engine(student: Student, parameters: dict[str, nn.Parameter], trial: TrialC
     devices.prepare_deepspeed()
     import deepspeed
 
+    torch.nn.functional.linear = LINEAR  # a trial that failed has left ZeRO-3's
     training = trial.training
     optimizer = torch.optim.AdamW(
         adapters.parameter_groups(parameters, trial.lora.plus_ratio),

@@ -81,6 +81,12 @@ def test_every_zero_stage_gives_the_same_curve(sources: Sources) -> None:
             assert ours == pytest.approx(theirs, abs=1e-5)
 
 
+def test_zero_3_leaves_the_worker_as_it_was(sources: Sources) -> None:
+    linear = torch.nn.functional.linear
+    run(sources, a_trial(3, steps=1))
+    assert torch.nn.functional.linear is linear
+
+
 def test_a_warm_worker_gives_the_cold_one_s_curve_to_the_bit(sources: Sources) -> None:
     trial = a_trial()
     cold, _ = run(sources, trial)
