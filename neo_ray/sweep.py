@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--fresh", action="store_true", help="put an earlier sweep of this name aside and begin anew")
     parser.add_argument("--retry-failed", action="store_true", help="run trials again that FAILED, unless they diverged")
     asked = parser.parse_args(argv)
+    if threading.current_thread() is threading.main_thread():  # a job in the background ignores it, and our own watchdogs use it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         config = loading.load(asked.file, asked.overrides)
         if asked.dry_run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -57,6 +58,7 @@ def test_a_driver_that_lost_its_lease_is_interrupted_and_one_that_cannot_read_it
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("neo_ray.lease.HEARTBEAT_SECONDS", 0.05)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as the sweep door does: a background job ignores it
     path = tmp_path / "lease.json"
     with lease(tmp_path):
         content = path.read_text()
