@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from neo_ray import devices, models
 from neo_ray.evaluate import evaluate
@@ -33,8 +32,7 @@ def merge(sources: Sources, adapter: Path, folder: Path, dtype: torch.dtype) -> 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft's way of asking transformers
         merged: Any = peft.PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
-    with models.loading(sources.student, where) as source:
-        own = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust)
+    own = models.read_config(sources.student, revision, trust, where)
     merged.config.use_cache = getattr(own, "use_cache", True)  # a frozen model under training has it off
     devices.prepare_deepspeed()  # transformers imports it to save a model
     with without_progress_bars():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import hashlib
 import inspect
 import json
@@ -82,22 +83,17 @@ def load_model(
     return network
 
 
-def vocab_rows(model: str, revision: str | None = None, trust_remote_code: bool = False, where: str = "model") -> int:
-    """Rows of the embedding, padding included, from the model's config alone. Raises ConfigError."""
-    return int(_text_config(model, revision, trust_remote_code, where).vocab_size)
+def read_config(model: str, revision: str | None = None, trust_remote_code: bool = False, where: str = "model") -> Any:
+    """The model's config as transformers has it; no weights are needed. Raises ConfigError."""
+    with loading(model, where) as source:
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
 
 
-def check_context(max_length: int, model: str, revision: str | None, trust_remote_code: bool, where: str) -> None:
+def check_context(max_length: int, model: str, config: Any, where: str) -> None:
     """Raises ConfigError where examples may be longer than what the model was made to read."""
-    reads = getattr(_text_config(model, revision, trust_remote_code, where), "max_position_embeddings", None)
+    reads = getattr(config.get_text_config(), "max_position_embeddings", None)
     if reads is not None and max_length > reads:
         raise ConfigError(f"data.max_length: {max_length} tokens, and {where} {model} reads at most {reads}")
-
-
-def _text_config(model: str, revision: str | None, trust_remote_code: bool, where: str) -> Any:
-    with loading(model, where) as source:
-        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-    return config.get_text_config()
 
 
 def prove_shared_vocabulary(teacher_tokenizer: Any, student_tokenizer: Any, teacher_rows: int, student_rows: int) -> int:
@@ -124,15 +120,9 @@ def prove_shared_vocabulary(teacher_tokenizer: Any, student_tokenizer: Any, teac
     return vocabulary
 
 
-def num_layers(model: str, revision: str | None, trust_remote_code: bool, where: str) -> int:
-    """From the model's config alone. Raises ConfigError."""
-    return int(_text_config(model, revision, trust_remote_code, where).num_hidden_layers)
-
-
-def outline(model: str, revision: str | None, trust_remote_code: bool, where: str) -> Any:
-    """The model without weights (on the meta device): which layers it has, and how they are called. Raises ConfigError."""
-    with loading(model, where) as source, torch.device("meta"):
-        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+def outline(model: str, config: Any, trust_remote_code: bool, where: str) -> Any:
+    """The model of a config without weights (on the meta device): which layers it has, and their names. Raises ConfigError."""
+    with loading(model, where), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
@@ -247,7 +237,12 @@ def inputs(
 
 
 def takes_positions(model: Any) -> bool:
-    return "position_ids" in inspect.signature(type(_without_adapter(model)).forward).parameters
+    return _reads_positions(type(_without_adapter(model)))  # type: ignore[arg-type]  # a class is hashable
+
+
+@functools.cache  # asked before every forward pass
+def _reads_positions(network: type) -> bool:
+    return "position_ids" in inspect.signature(network.forward).parameters  # type: ignore[attr-defined]
 
 
 @torch.no_grad()

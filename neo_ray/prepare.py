@@ -36,20 +36,21 @@ def prepare(config: SweepConfig, announce: Announce) -> Sources:
     for source, at in ((teacher_source, "teacher.model"), (student_source, where)):
         if source is not None:
             models.check_weights(source, at)
-    pruning.check(config, models.num_layers(student_source, owner.revision, owner.trust_remote_code, where))
+    own = models.read_config(student_source, owner.revision, owner.trust_remote_code, where)
+    pruning.check(config, own.get_text_config().num_hidden_layers)
     space = build_space(config)
     if {"lora", "neo"} & set(space.reach("method")):
-        outline = models.outline(student_source, owner.revision, owner.trust_remote_code, where)
+        outline = models.outline(student_source, own, owner.trust_remote_code, where)
         for wanted in space.reach("target_modules"):
             adapters.target_modules(outline, tuple(wanted) if isinstance(wanted, list) else wanted)
-    rows = models.vocab_rows(student_source, owner.revision, owner.trust_remote_code, where)
-    models.check_context(config.data.max_length, student_source, owner.revision, owner.trust_remote_code, where)
+    rows = own.get_text_config().vocab_size
+    models.check_context(config.data.max_length, student_source, own, where)
     vocabulary = min(rows, len(tokenizer))
     if teacher is not None and teacher_source is not None and student.model is not None:
         theirs = models.load_tokenizer(teacher_source, teacher.revision, teacher.trust_remote_code, "teacher.model")
-        their_rows = models.vocab_rows(teacher_source, teacher.revision, teacher.trust_remote_code, "teacher.model")
-        vocabulary = models.prove_shared_vocabulary(theirs, tokenizer, their_rows, rows)
-        models.check_context(config.data.max_length, teacher_source, teacher.revision, teacher.trust_remote_code, "teacher.model")
+        other = models.read_config(teacher_source, teacher.revision, teacher.trust_remote_code, "teacher.model")
+        vocabulary = models.prove_shared_vocabulary(theirs, tokenizer, other.get_text_config().vocab_size, rows)
+        models.check_context(config.data.max_length, teacher_source, other, "teacher.model")
     source = local(config.data.source)
     folder = data.prepare(config.data, source, tokenizer, config.cache, announce)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -33,19 +34,7 @@ from neo_ray import models
 from neo_ray.models import Head, last_hidden, output_head
 from neo_ray.settings import ConfigError
 
-SHAPE = dict(
-    vocab_size=96,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    initializer_range=0.2,
-    bos_token_id=None,
-    eos_token_id=1,
-    pad_token_id=0,
-)
+SHAPE = dict(tiny.SHAPE, num_key_value_heads=2, head_dim=8)
 ARCHITECTURES = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
@@ -176,7 +165,7 @@ def test_a_truncated_weights_file_is_a_config_error(tiny_world: World, tmp_path:
 
 
 @pytest.mark.parametrize(
-    "load", [models.load_tokenizer, models.vocab_rows, lambda m, where: models.load_model(m, torch.float32, where=where)]
+    "load", [models.load_tokenizer, models.read_config, lambda m, where: models.load_model(m, torch.float32, where=where)]
 )
 def test_what_cannot_be_found_is_named_with_its_cause(load: Any, tiny_world: World, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"teacher\.model: there is no folder .*/techer; did you mean .*/teacher\?"):
@@ -199,9 +188,9 @@ def test_errors_leave_progress_bars_as_they_were(tiny_world: World) -> None:
     assert not logging.is_progress_bar_enabled()
 
 
-def test_vocab_rows_needs_no_weights(tiny_world: World, tmp_path: Path) -> None:
+def test_a_config_needs_no_weights(tiny_world: World, tmp_path: Path) -> None:
     shutil.copy(tiny_world.teacher / "config.json", tmp_path)
-    assert models.vocab_rows(str(tmp_path)) == 512
+    assert models.read_config(str(tmp_path)).vocab_size == 512
 
 
 def test_a_tokenizer_that_pads_apart_from_its_end_is_left_alone(tiny_world: World) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import make_llama
+from tiny import SHAPE, make_llama
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -38,17 +38,6 @@ from neo_ray.memory import activation_bytes, shape_from_config
 from neo_ray.parts import Parts
 from neo_ray.settings import ConfigError, TrainingConfig, TrialConfig
 
-SHAPE = dict(
-    vocab_size=96,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    initializer_range=0.2,
-    bos_token_id=None,
-    eos_token_id=1,
-    pad_token_id=0,
-)
 SOUND = {
     "llama": (LlamaConfig, LlamaForCausalLM, dict(num_key_value_heads=2)),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, dict(num_key_value_heads=2)),

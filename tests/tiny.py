@@ -13,6 +13,19 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
 )
 
+SHAPE = dict(
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    initializer_range=0.2,
+    bos_token_id=None,
+    eos_token_id=1,
+    pad_token_id=0,
+)
+"""Of models of any architecture whose weights are never kept."""
+
 
 @dataclass(frozen=True)
 class World:
