@@ -66,8 +66,7 @@ class Board:
     async def finish(self, slot: int, trial: str, end: dict[str, Any]) -> None:
         """A slot is done with its trial, however it ended."""
         async with self.changed:
-            if self.in_slot.get(slot) == trial:  # several ranks may say so
-                del self.in_slot[slot]
+            if self._leave(slot, trial):
                 self._end(slot, trial, end)
                 self.changed.notify_all()
 
@@ -78,8 +77,7 @@ class Board:
     async def retry_smaller(self, slot: int, trial: str, message: str) -> None:
         """A trial ran out of memory: back to the front of the queue with half the micro-batch, from its last checkpoint."""
         async with self.changed:
-            if self.in_slot.get(slot) == trial:  # several ranks may say so
-                del self.in_slot[slot]
+            if self._leave(slot, trial):
                 self._halve(trial, message)
 
     async def cancel(self, trial: str, abandoned: str | None = None) -> None:
@@ -99,8 +97,7 @@ class Board:
     async def give_back(self, slot: int, trial: str) -> None:
         """A slot cannot work at all (its models do not load): its trial is not to blame."""
         async with self.changed:
-            if self.in_slot.get(slot) == trial:
-                del self.in_slot[slot]
+            if self._leave(slot, trial):
                 self.queue.appendleft(trial)
                 self.changed.notify_all()
 
@@ -149,6 +146,13 @@ class Board:
             self.closed = True
             self.changed.notify_all()
             return self.slots
+
+    def _leave(self, slot: int, trial: str) -> bool:
+        """The trial leaves its slot; False where it is not there any more, since several ranks may say the same."""
+        held = self.in_slot.get(slot) == trial
+        if held:
+            del self.in_slot[slot]
+        return held
 
     def _end(self, slot: int, trial: str, end: dict[str, Any]) -> None:
         if end["state"] == "PRUNED" and trial in self.abandoned:

@@ -131,7 +131,7 @@ class Worker:
                 if devices.is_out_of_memory(error):
                     raise
                 raise LoadError(f"the models or the data cannot be loaded: {type(error).__name__}: {error}") from error
-        stop = _Stop(self.board, self.job, trial_id)
+        stop = _Stop(self.board, self.job, trial_id, watching=self.rank == 0)  # the loop looks on rank 0 alone
         try:
             report = _reporter(self.board, trial_id)
             outcome = train(trial, self.parts, report, stop.look, Path(self.job.folder) / "trials" / trial_id)
@@ -150,11 +150,11 @@ class Worker:
 class _Stop:
     """Listens to the board in the background, so that the training loop only looks at a flag; and sees that it looks at all."""
 
-    def __init__(self, board: Any, job: SlotJob, trial_id: str) -> None:
+    def __init__(self, board: Any, job: SlotJob, trial_id: str, watching: bool) -> None:
         self.board, self.job, self.trial_id = board, job, trial_id
         self.asked = self.closed = False
         self.looked = time.monotonic()
-        for watch in (self._listen, self._guard):
+        for watch in (self._listen, self._guard) if watching else ():
             threading.Thread(target=watch, daemon=True).start()
 
     def look(self) -> bool:
@@ -172,8 +172,6 @@ class _Stop:
 
     def _guard(self) -> None:
         """A trial that hangs (a collective that never returns) ends its worker: a new one takes it on from its checkpoint."""
-        if ray.train.get_context().get_world_rank() != 0:
-            return
         while not self.closed:
             time.sleep(min(5.0, self.job.silence_seconds / 4))
             if not self.closed and time.monotonic() - self.looked > self.job.silence_seconds:

@@ -78,28 +78,34 @@ def run(config: SweepConfig, space: Space, fresh: bool = False, retry_failed: bo
     from neo_ray.prepare import identities, prepare
 
     sources = prepare(config, announce)
-    _check_same_sources(config, identities(config, sources), fresh)
+    identity = identities(config, sources)
+    _check_same_sources(config, identity, fresh)
     records = [] if fresh else retried(fold(Journal(config.folder).events()), retry_failed)
-    planned, left = trials_planned(config, space), settings_to_run(config, space, records)[1]
     code = 0
-    if left:
-        code = _run_on_ray(config, space, sources, fresh, retry_failed, console, announce)
+    if settings_to_run(config, space, records)[1]:
+        code = _run_on_ray(config, space, sources, identity, fresh, retry_failed, console, announce)
     else:
-        announce(f"all {planned} trials have run; nothing is left to do (more: sampler.num_trials=…)")
-    if code != 2:
-        _report(config.folder, console)
+        announce(f"all {trials_planned(config, space)} trials have run; nothing is left to do (more: sampler.num_trials=…)")
+    _report(config.folder, console)
     return code
 
 
 def _run_on_ray(
-    config: SweepConfig, space: Space, sources: Any, fresh: bool, retry_failed: bool, console: Any, announce: Any
+    config: SweepConfig,
+    space: Space,
+    sources: Any,
+    identity: dict[str, str],
+    fresh: bool,
+    retry_failed: bool,
+    console: Any,
+    announce: Any,
 ) -> int:
     """Connect, check what concerns the cluster, and only then take the folder and run. Nothing is written before that."""
     import ray
 
     from neo_ray import cluster
     from neo_ray.lease import lease
-    from neo_ray.prepare import identities, make_student
+    from neo_ray.prepare import make_student
     from neo_ray.progress import Progress
     from neo_ray.records import Journal, fold, settle, write_records
     from neo_ray.slot import log_to
@@ -114,7 +120,7 @@ def _run_on_ray(
         with lease(config.folder):
             if fresh:
                 _set_aside(config.folder)
-            _write_contract(config, identities(config, sources))
+            _write_contract(config, identity)
             log_to(config.folder / "logs" / "driver.log")
             sources = make_student(config, sources, announce)
             records = retried(settle(Journal(config.folder)), retry_failed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import threading
 import time
 import uuid
@@ -13,6 +12,7 @@ from typing import Any
 import ray
 from ray import tune
 
+from neo_ray import checkpoints
 from neo_ray.adapters import scaling
 from neo_ray.board import Board
 from neo_ray.cluster import HEAD
@@ -225,7 +225,7 @@ class _Recorder(threading.Thread):
         trial, kind = item.pop("trial"), item.pop("kind")
         self._record(kind, trial, **item)
         if kind == "end":  # on disk now, so that its checkpoint is needed no more
-            shutil.rmtree(self.config.folder / "trials" / trial / "checkpoint", ignore_errors=True)
+            checkpoints.remove(self.config.folder / "trials" / trial / "checkpoint")
             self.open.discard(trial)
             with self.lock:
                 write_records(self.config.folder, list(self.records.values()))
