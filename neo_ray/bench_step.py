@@ -89,7 +89,7 @@ class Running:
         self.parts = replace(parts, student=copy.deepcopy(parts.student))  # a model carries one adapter at a time
         self.student = train.Student(adapters.attach(self.parts.student, self.trial), parts.device, parts.dtype)
         self.trained = adapters.trained_parameters(self.student.model)
-        self.engine = train._engine(self.student, self.trained, self.trial, world_size=1)
+        self.engine = train.build_engine(self.student, self.trained, self.trial, world_size=1)
         self._arm, self._split, self._plan = arm, split, plan
         self.student.train()
 
@@ -126,8 +126,8 @@ def reference_step(
 
 
 ARMS = {
-    BASELINE: StepArm("LoRA-SFT, no teacher", {"method": "lora"}, train._optimizer_step),
-    "neo": StepArm("Neo, live teacher", {"method": "neo"}, train._optimizer_step),
+    BASELINE: StepArm("LoRA-SFT, no teacher", {"method": "lora"}, train.optimizer_step),
+    "neo": StepArm("Neo, live teacher", {"method": "neo"}, train.optimizer_step),
     "reference": StepArm("Neo as the reference trainer steps", {"method": "neo"}, reference_step),
 }
 
@@ -209,7 +209,7 @@ def _student_name(config: SweepConfig | None) -> str:
     if config is None:
         return "random, tiny"
     prune = config.student.prune
-    return str(config.student.model) if prune is None else f"the teacher cut to {len(prune.layers or ()) or prune.keep} layers"
+    return str(config.student.model) if prune is None else f"the teacher cut to {prune.num_layers} layers"
 
 
 @contextmanager

@@ -31,6 +31,11 @@ class PruneConfig(Section):
     calibration_tokens: int = Field(1024, ge=16)
     """Training tokens on which the greedy removal measures the loss."""
 
+    @property
+    def num_layers(self) -> int:
+        """How many layers are kept."""
+        return len(self.layers) if self.layers is not None else int(self.keep or 0)
+
     @model_validator(mode="after")
     def _one_of(self) -> PruneConfig:
         if (self.layers is None) == (self.keep is None):

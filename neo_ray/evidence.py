@@ -145,8 +145,7 @@ def _scope(
     tokens = complete(frame, metric)["tokens"]
     student = sweep.student.model if sweep else None
     if sweep and sweep.student.prune:
-        layers = sweep.student.prune.layers
-        student = f"the teacher pruned to {len(layers) if layers else sweep.student.prune.keep} layers"
+        student = f"the teacher pruned to {sweep.student.prune.num_layers} layers"
     return Scope(
         teacher=sweep.teacher.model if sweep and sweep.teacher else None,
         student=student,

@@ -249,13 +249,14 @@ def _comparison(
     }
     notes = [] if found.num_pairs else ["the two sides differ in other parameters, too"]
     survivors = _survivors(evidence)
-    if survivors and metric != evidence.metric:
+    biased = bool(survivors) and metric != evidence.metric
+    if biased:
         # Selected by one metric, a second one that shares its noise differs between groups where no group differs.
         claims = dict.fromkeys(claims, claims["undecided"])
         notes.append(f"{survivors}, which biases {metric}; a sweep without early stopping would decide it")
     units = found.num_pairs or len(found.ids)
     hypothesis = f"{metric} is lower with {a} than with {b}"
-    p = 1.0 if survivors and metric != evidence.metric else found.p
+    p = 1.0 if biased else found.p
     return _Draft(axis, hypothesis, claims, metric, found.gain, found.interval, p, None, found.ids, units, found.num_seeds, notes)
 
 

@@ -183,8 +183,7 @@ def model_shapes(config: SweepConfig) -> tuple[ModelShape | None, ModelShape | N
     prune = config.student.prune
     if prune is None:
         return teacher, shape_of(str(config.student.model), config.student.revision)
-    kept = len(prune.layers) if prune.layers is not None else int(prune.keep or 0)
-    return teacher, teacher.with_layers(kept) if teacher else None
+    return teacher, teacher.with_layers(prune.num_layers) if teacher else None
 
 
 def adapter_parameters(shape: ModelShape, lora: LoraConfig) -> int:

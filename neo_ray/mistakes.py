@@ -7,8 +7,6 @@ from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from neo_ray.config import Axis
-
 
 def explain(error: ValidationError, root: type[BaseModel]) -> str:
     """The first mistakes of a pydantic report, one line each, in the file's own words."""
@@ -53,13 +51,14 @@ def reason(item: Any) -> str:
 
 
 def _fields_at(root: type[BaseModel], path: list[str]) -> list[str]:
+    """The fields of the section at a path; a key that is none of a section's own names an entry of a mapping of sections."""
     node: Any = root
     for part in path:
-        if not (isinstance(node, type) and issubclass(node, BaseModel)):
-            return []
-        annotation = node.model_fields[part].annotation if part in node.model_fields else Axis
+        if part not in node.model_fields:
+            continue
+        annotation = node.model_fields[part].annotation
         options = get_args(annotation) if get_origin(annotation) in (Union, type(int | str), dict) else (annotation,)
-        node = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), Axis)
+        node = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), node)
     return list(node.model_fields)
 
 

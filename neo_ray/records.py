@@ -23,6 +23,10 @@ State = Literal["RUNNING", "COMPLETE", "PRUNED", "FAILED"]
 Cause = Literal["error", "out_of_memory", "diverged", "preempted", "hung"]
 
 
+REOPENED: dict[str, Any] = {"state": "RUNNING", "cause": None, "error": None, "ended": None}
+"""What another attempt makes of a trial that had ended."""
+
+
 class TrialRecord(BaseModel):
     """One trial, finished or not. Failed and pruned trials are records like any other."""
 
@@ -131,7 +135,8 @@ def apply(records: dict[str, TrialRecord], event: dict[str, Any]) -> None:
         _add_row(record, event["row"])
     elif kind == "attempt":
         record.attempts += 1
-        record.state, record.cause, record.error, record.ended = "RUNNING", None, None, None
+        for name, value in REOPENED.items():
+            setattr(record, name, value)
     elif kind == "stop":
         record.stopped = True
     elif kind == "end":

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from typing import Annotated, Any, Literal, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from neo_ray.mistakes import guess
 
 Method = Literal["sft", "lora", "kd", "neo"]
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "adaptive_kl", "total_variation"]
@@ -202,9 +203,8 @@ class DeepSpeedConfig(Section):
             if key in DEEPSPEED_OURS:
                 raise ValueError(f"`{key}` is set by neo_ray; use `{DEEPSPEED_OURS[key]}`")
             if key not in DEEPSPEED_PASSED:
-                close = difflib.get_close_matches(key, DEEPSPEED_PASSED, 1)
-                hint = f" (did you mean `{close[0]}`?)" if close else ""
-                raise ValueError(f"`{key}` is no setting that is passed through{hint}; allowed: {', '.join(DEEPSPEED_PASSED)}")
+                hint, allowed = guess(key, DEEPSPEED_PASSED), ", ".join(DEEPSPEED_PASSED)
+                raise ValueError(f"`{key}` is no setting that is passed through{hint}; allowed: {allowed}")
         zero = extra.get("zero_optimization") or {}
         if not isinstance(zero, dict) or "stage" in zero:
             raise ValueError("`zero_optimization` must be a mapping, without `stage`: use `deepspeed.zero_stage`")

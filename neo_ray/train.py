@@ -75,7 +75,7 @@ def train(
     parameters = adapters.trained_parameters(student.model)
     if trial.training.gradient_checkpointing:
         cast(Any, student.model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    engine = _engine(student, parameters, trial, world_size)
+    engine = build_engine(student, parameters, trial, world_size)
 
     state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "peak_memory_bytes": 0, "curve": []}
     checkpoint_folder = folder / "checkpoint" if folder is not None else None
@@ -115,7 +115,7 @@ def train(
     student.train()
     while step < plan.num_steps and outcome is None:
         rate = learning_rate(trial.training, step, plan.num_steps)
-        sums = _optimizer_step(engine, trial, parts, split, plan, step, rate)
+        sums = optimizer_step(engine, trial, parts, split, plan, step, rate)
         flags = torch.tensor([*sums, float(rank == 0 and should_stop())], dtype=torch.float64, device=parts.device)
         total, ce, kd, stopped = sum_over_ranks(flags).tolist()
         window += torch.tensor([total, ce, kd, plan.labels[step]], dtype=torch.float64)
@@ -183,7 +183,7 @@ class Student(nn.Module):
             return self(input_ids_BL, attention_mask_BL)
 
 
-def _engine(student: Student, parameters: dict[str, nn.Parameter], trial: TrialConfig, world_size: int) -> Any:
+def build_engine(student: Student, parameters: dict[str, nn.Parameter], trial: TrialConfig, world_size: int) -> Any:
     """A DeepSpeed engine around the student. Precision is ours (autocast over fp32 weights), so that none is cast in place."""
     devices.prepare_deepspeed()
     import deepspeed
@@ -213,7 +213,7 @@ def _engine(student: Student, parameters: dict[str, nn.Parameter], trial: TrialC
     return deepspeed.initialize(model=student, optimizer=optimizer, model_parameters=list(parameters.values()), config=config)[0]
 
 
-def _optimizer_step(
+def optimizer_step(
     engine: Any, trial: TrialConfig, parts: Parts, split: Split, plan: StepPlan, step: int, rate: float
 ) -> tuple[float, float, float]:
     """All micro-batches of one step on this rank, then the update. Returns this rank's loss, CE and KD sums."""

@@ -7,7 +7,7 @@ from typing import Any
 from neo_ray.axes import show
 from neo_ray.config import SweepConfig
 from neo_ray.loading import plain
-from neo_ray.records import TrialRecord
+from neo_ray.records import REOPENED, TrialRecord
 from neo_ray.space import Space, build_space
 
 DEFAULT_TRIALS = 16
@@ -63,8 +63,7 @@ def retried(records: list[TrialRecord], failed_too: bool) -> list[TrialRecord]:
     """The records with FAILED trials taken for interrupted ones, where asked for. One that diverged would diverge again."""
     if not failed_too:
         return records
-    again = {"state": "RUNNING", "cause": None, "error": None}
-    return [r.model_copy(update=again) if r.state == "FAILED" and r.cause != "diverged" else r for r in records]
+    return [r.model_copy(update=REOPENED) if r.state == "FAILED" and r.cause != "diverged" else r for r in records]
 
 
 def trial_id(number: int) -> str:

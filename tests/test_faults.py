@@ -30,7 +30,7 @@ plain = builtins.__import__
 def importing(*arguments, **named):
     module = plain(*arguments, **named)
     train = sys.modules.get("neo_ray.train")
-    if hasattr(train, "_optimizer_step") and hasattr(train, "train") and not hasattr(train, "injected"):
+    if hasattr(train, "optimizer_step") and hasattr(train, "train") and not hasattr(train, "injected"):
         train.injected = True
         inject(train)
     return module

@@ -226,7 +226,7 @@ class Steps:
         parts = Parts(sources, (), engine.module.model, teacher, data, CPU, torch.float32)
         plan = plan_steps(self.split.num_tokens, self.split.num_labels, trial.training, 1, 0)
         with gradient_of(engine, trained) as gradient, counting() as counts:
-            sums = train._optimizer_step(engine, trial, parts, self.split, plan, step=0, rate=0.0)
+            sums = train.optimizer_step(engine, trial, parts, self.split, plan, step=0, rate=0.0)
         everywhere = sum_over_ranks(torch.tensor([*sums, *counts], dtype=torch.float64)).tolist()
         return Found(gradient, tuple(everywhere[:3]), {round(count) for count in everywhere[3:]})
 
@@ -235,7 +235,7 @@ class Steps:
         if key not in self.engines:
             student = train.Student(make_student(case.padded, case.method), CPU, torch.float32).train()
             trained = adapters.trained_parameters(student.model)
-            self.engines[key] = train._engine(student, trained, trial, case.workers), trained
+            self.engines[key] = train.build_engine(student, trained, trial, case.workers), trained
         return self.engines[key]
 
 
