@@ -149,9 +149,18 @@ def _largest_trial(
     base = config.trial
     if student is None or (config.teacher is not None and teacher is None):
         return base, {}
-    alternatives = ("method", "target_modules", "variant", "divergence", "dtype", "gradient_checkpointing", "zero_stage")
+    alternatives = (
+        "method",
+        "target_modules",
+        "variant",
+        "divergence",
+        "dtype",
+        "gradient_checkpointing",
+        "zero_stage",
+        "micro_batch_size",  # may be `auto`
+    )
     options = {name: space.reach(name) for name in alternatives if space.setters(name)}
-    growing = ("rank", "micro_batch_size", "batch_size", "kd_ratio", "packing")
+    growing = ("rank", "batch_size", "kd_ratio", "packing")
     options |= {name: [max(space.reach(name))] for name in growing if space.setters(name)}
     corners = [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
     trials = [space.trial_config(corner, base) for corner in corners]

@@ -366,3 +366,11 @@ def test_a_plan_is_quick_and_light(tmp_path: Path) -> None:
     )
     assert done.stdout.splitlines()[-1] == "[]"
     assert time.monotonic() - started < 2
+
+
+def test_an_axis_of_micro_batches_may_hold_auto_beside_numbers() -> None:
+    mixed = make_plan(
+        sweep(search={"micro_batch_size": {"choice": [1, "auto", 2]}}, training={"tokens": 10_000, "batch_size": 8})
+    )
+    assert mixed.largest.training.micro_batch_size == "auto"
+    assert mixed.total_memory_bytes == sum(needs(training={"tokens": 10_000, "batch_size": 8, "micro_batch_size": 8}).values())
