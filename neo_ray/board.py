@@ -7,6 +7,8 @@ import collections
 import time
 from typing import Any
 
+from neo_ray.records import Stop
+
 Job = dict[str, Any]
 Item = dict[str, Any]
 PATIENCE_SECONDS = 20.0  # a question to the board is answered at least this often, so that nobody waits past a time-out
@@ -48,8 +50,9 @@ class Board:
                 if trial in self.cancelled:
                     self._add(trial, {"kind": "end", "state": "PRUNED"})
                     continue
-                self.in_slot[slot] = trial
-                return trial, self.jobs[trial]
+                if not self.closed:
+                    self.in_slot[slot] = trial
+                    return trial, self.jobs[trial]
             return ("closed", None) if self.closed else ("", None)
 
     async def report(self, trial: str, row: dict[str, Any]) -> None:
@@ -57,11 +60,19 @@ class Board:
             self._add(trial, {"kind": "report", "row": row})
             self.changed.notify_all()
 
-    async def when_cancelled(self, trial: str) -> bool:
-        """True as soon as the scheduler stops a trial; False when it left its slot, or after a while, to be asked again."""
+    async def when_stopped(self, trial: str) -> Stop:
+        """How a trial is to stop, as soon as it is to; NO when it left its slot, or after a while, to be asked again."""
         async with self.changed:
-            await self._wait(lambda: trial in self.cancelled or trial not in self.in_slot.values())
-            return trial in self.cancelled
+            await self._wait(lambda: self.closed or trial in self.cancelled or trial not in self.in_slot.values())
+            if trial in self.cancelled:
+                return Stop.PRUNED
+            return Stop.INTERRUPTED if self.closed and trial in self.in_slot.values() else Stop.NO
+
+    async def leave(self, slot: int, trial: str) -> None:
+        """The sweep is interrupted and the trial put away, in a checkpoint: it has not ended."""
+        async with self.changed:
+            self._leave(slot, trial)
+            self.changed.notify_all()
 
     async def finish(self, slot: int, trial: str, end: dict[str, Any]) -> None:
         """A slot is done with its trial, however it ended."""
@@ -141,7 +152,7 @@ class Board:
             return self.log[seen:]
 
     async def close(self) -> set[int]:
-        """No trial will follow; slots end when they ask next. Returns those that ever asked: the others still wait for a node."""
+        """No trial will follow, and those that run stop: slots end. Returns those that ever asked: the others wait for a node."""
         async with self.changed:
             self.closed = True
             self.changed.notify_all()

@@ -214,11 +214,13 @@ def _own_messages_to_log() -> None:
 def _check_state_api() -> None:
     """Without it a worker group that dies with its controller is never freed, and the sweep hangs."""
     import ray
-    from ray.util.state import list_actors
+    from ray.util.state import list_nodes
 
+    here = ray.get_runtime_context()
     try:
-        # by address: other clusters may run on this machine
-        list_actors(address=ray.get_runtime_context().gcs_address, limit=1, timeout=30)
+        found = list_nodes(address=here.gcs_address, filters=[("node_id", "=", here.get_node_id())], timeout=30)
+        if not found:  # where the dashboard is off, another cluster's on this machine may answer at its port
+            raise RuntimeError("another cluster answers at the address of its dashboard")
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise ConfigError(

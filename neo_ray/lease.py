@@ -23,10 +23,11 @@ SILENCE_SECONDS = 60.0
 
 
 @contextmanager
-def lease(folder: Path, silence_seconds: float = SILENCE_SECONDS) -> Iterator[None]:
+def lease(folder: Path, silence_seconds: float = SILENCE_SECONDS) -> Iterator[threading.Event]:
     """Hold `<folder>/lease.json`. A dead process on this host or silence is taken over; a living driver is refused.
 
-    A driver whose lease another one took (it was thought dead) is interrupted: it must write nothing more.
+    Gives an event that is set when another driver took the lease (this one was thought dead): write nothing more. The main
+    thread is interrupted then.
 
     Raises:
         ConfigError: another driver is at work.
@@ -35,11 +36,11 @@ def lease(folder: Path, silence_seconds: float = SILENCE_SECONDS) -> Iterator[No
     folder.mkdir(parents=True, exist_ok=True)
     while not _create(path, nonce):
         _set_aside(path, refuse_if_held(folder, silence_seconds))
-    ended = threading.Event()
-    thread = threading.Thread(target=_beat, args=(path, nonce, ended), daemon=True)
+    ended, lost = threading.Event(), threading.Event()
+    thread = threading.Thread(target=_beat, args=(path, nonce, ended, lost), daemon=True)
     thread.start()
     try:
-        yield
+        yield lost
     finally:
         ended.set()
         thread.join()
@@ -125,11 +126,12 @@ def _set_aside(path: Path, held: dict[str, Any] | None) -> None:
     aside.unlink(missing_ok=True)
 
 
-def _beat(path: Path, nonce: str, ended: threading.Event) -> None:
+def _beat(path: Path, nonce: str, ended: threading.Event, lost: threading.Event) -> None:
     """A sign of life every few seconds. Storage may fail for a while: the lease is lost only to another driver."""
     while not ended.wait(HEARTBEAT_SECONDS):
         held = _read(path)
         if held is not None and held.get("nonce") != nonce:
+            lost.set()
             _thread.interrupt_main()
             return
         part = path.with_name(f".lease-{nonce}")

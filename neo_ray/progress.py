@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from typing import Any
 
@@ -13,6 +15,14 @@ from neo_ray.config import SweepConfig
 from neo_ray.records import TrialRecord
 
 BAR = 24
+
+
+class SweepConsole(Console):
+    """Where nobody reads any more (a closed pipe, a lost terminal), the sweep goes on in silence: its folder holds all."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Progress:

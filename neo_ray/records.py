@@ -13,6 +13,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterable, Iterator
+from enum import IntEnum
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,16 @@ Cause = Literal["error", "out_of_memory", "diverged", "preempted", "hung"]
 
 REOPENED: dict[str, Any] = {"state": "RUNNING", "cause": None, "error": None, "ended": None}
 """What another attempt makes of a trial that had ended."""
+
+
+class Stop(IntEnum):
+    """What a trial is asked to do between two steps."""
+
+    NO = 0
+    PRUNED = 1
+    """The scheduler gave it up."""
+    INTERRUPTED = 2
+    """The sweep stops: it keeps a checkpoint, to go on from here."""
 
 
 class TrialRecord(BaseModel):

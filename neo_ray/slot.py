@@ -19,6 +19,7 @@ import ray.train.torch
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig
 
 from neo_ray.config import ResourcesConfig
+from neo_ray.records import Stop
 from neo_ray.settings import TrialConfig
 
 NAMESPACE = "neo_ray"
@@ -113,7 +114,10 @@ class Worker:
                 raise
             return
         log.info("trial %s ends: %s", trial_id, end)
-        self._tell("finish", self.job.slot, trial_id, end)
+        if end["state"] == "INTERRUPTED":
+            self._tell("leave", self.job.slot, trial_id)
+        else:
+            self._tell("finish", self.job.slot, trial_id, end)
 
     def _train(self, trial_id: str, trial: TrialConfig) -> dict[str, Any]:
         """The trial's end as the board takes it. Parts that another trial may use are kept."""
@@ -152,13 +156,13 @@ class _Stop:
 
     def __init__(self, board: Any, job: SlotJob, trial_id: str, watching: bool) -> None:
         self.board, self.job, self.trial_id = board, job, trial_id
-        self.asked = self.closed = False
+        self.asked, self.closed = Stop.NO, False
         self.looked = time.monotonic()
         for watch in (self._listen, self._guard) if watching else ():
             threading.Thread(target=watch, daemon=True).start()
 
-    def look(self) -> bool:
-        """Was the trial stopped? The training loop asks between steps, on rank 0: that is its sign of life."""
+    def look(self) -> Stop:
+        """Is the trial to stop? The training loop asks between steps, on rank 0: that is its sign of life."""
         self.looked = time.monotonic()
         return self.asked
 
@@ -168,7 +172,7 @@ class _Stop:
 
     def _listen(self) -> None:
         while not self.closed and not self.asked:
-            self.asked = ray.get(self.board.when_cancelled.remote(self.trial_id))
+            self.asked = ray.get(self.board.when_stopped.remote(self.trial_id))
 
     def _guard(self) -> None:
         """A trial that hangs (a collective that never returns) ends its worker: a new one takes it on from its checkpoint."""
@@ -178,6 +182,11 @@ class _Stop:
                 logging.getLogger("neo_ray").error("trial %s: no step for %g s", self.trial_id, self.job.silence_seconds)
                 ray.get(self.board.hang.remote(self.job.slot))
                 os._exit(1)
+
+
+def slots_wait() -> bool:
+    """Does a thread still wait for Ray? Then Ray must not be shut down here: it would end the process, with a code of its own."""
+    return any(isinstance(thread, SlotRunner) for thread in threading.enumerate())
 
 
 def _take(board: Any, slot: int) -> tuple[str, Any]:

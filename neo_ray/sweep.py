@@ -7,6 +7,7 @@ The same command again continues a sweep.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -59,12 +60,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(config: SweepConfig, space: Space, fresh: bool = False, retry_failed: bool = False) -> int:
     """Run what is left of a sweep and report. Returns the exit code."""
-    from rich.console import Console
-
     from neo_ray.lease import refuse_if_held
+    from neo_ray.progress import SweepConsole
     from neo_ray.records import Journal, fold
 
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = SweepConsole(width=None if sys.stdout.isatty() else 140)
 
     def announce(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -108,7 +108,7 @@ def _run_on_ray(
     from neo_ray.prepare import make_student
     from neo_ray.progress import Progress
     from neo_ray.records import Journal, fold, settle, write_records
-    from neo_ray.slot import log_to
+    from neo_ray.slot import log_to, slots_wait
     from neo_ray.tuner import SweepFailed, run_trials
 
     announce("connecting to Ray" if config.resources.address else "starting Ray on this machine")
@@ -117,7 +117,7 @@ def _run_on_ray(
         slots = cluster.concurrency(config.resources, capacity)
         slots = cluster.fit_memory(config.resources, capacity, make_plan(config).total_memory_bytes, slots)
         announce(f"{capacity}: {slots} trials at a time")
-        with lease(config.folder):
+        with lease(config.folder) as lost:
             if fresh:
                 _set_aside(config.folder)
             _write_contract(config, identity)
@@ -127,15 +127,16 @@ def _run_on_ray(
             announce("starting workers (they load the models once, for all trials)")
             try:
                 with Progress(config, console, trials_planned(config, space), slots, records) as progress:
-                    run_trials(config, space, sources, records, slots, progress)
+                    run_trials(config, space, sources, records, slots, progress, lost)
             finally:
-                write_records(config.folder, fold(Journal(config.folder).events()))
+                if not lost.is_set():
+                    write_records(config.folder, fold(Journal(config.folder).events()))
         return 0
     except SweepFailed as error:
-        announce(f"error: workers cannot be kept alive: {error}; their logs: {config.folder / 'logs'}")
+        announce(f"error: {error}")
         return 1
     finally:
-        if capacity.started_here:
+        if capacity.started_here and not slots_wait():
             ray.shutdown()
 
 
@@ -231,5 +232,23 @@ def _quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
+def command() -> None:
+    """The door of the command line. A Ray that is still waited for ends with this process, and must not choose its exit code."""
+    code = main()
+    if "neo_ray.slot" in sys.modules and sys.modules["neo_ray.slot"].slots_wait():
+        import psutil
+
+        children = psutil.Process().children(recursive=True)  # of a Ray that was started here
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.terminate()
+        psutil.wait_procs(children, timeout=5)
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -23,6 +23,7 @@ from neo_ray.evaluate import evaluate
 from neo_ray.losses import IGNORED, LossSums, neo_loss, next_labels, scored
 from neo_ray.memory import reduce_bucket_elements
 from neo_ray.parts import Parts, rank_and_world_size, sum_over_ranks
+from neo_ray.records import Stop
 from neo_ray.settings import TrialConfig
 
 LINEAR = torch.nn.functional.linear
@@ -36,7 +37,7 @@ Report = Callable[[Row], None]
 class Outcome:
     """How a trial ended. A failure is data, not an exception."""
 
-    state: Literal["COMPLETE", "PRUNED", "FAILED"]
+    state: Literal["COMPLETE", "PRUNED", "FAILED", "INTERRUPTED"]
     cause: str | None = None
     error: str | None = None
     metrics: dict[str, float | None] = field(default_factory=dict)
@@ -50,7 +51,7 @@ def train(
     trial: TrialConfig,
     parts: Parts,
     report: Report,
-    should_stop: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], Stop] = lambda: Stop.NO,
     folder: Path | None = None,
 ) -> Outcome:
     """Train one trial from its last checkpoint, or from the start.
@@ -63,7 +64,7 @@ def train(
             removes it once the outcome is on disk.
 
     Returns:
-        COMPLETE, PRUNED (stopped) or FAILED (diverged). Anything else raises.
+        COMPLETE, PRUNED or INTERRUPTED (stopped) or FAILED (diverged). Anything else raises.
     """
     started, (rank, world_size) = time.monotonic(), rank_and_world_size()
     devices.reset_peak_memory(parts.device)
@@ -77,11 +78,11 @@ def train(
         cast(Any, student.model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     engine = build_engine(student, parameters, trial, world_size)
 
-    state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "peak_memory_bytes": 0, "curve": []}
+    state: dict[str, Any] = {"step": 0, "seconds": 0.0, "peak_memory_bytes": 0, "curve": [], "window": [0.0] * 4}
     checkpoint_folder = folder / "checkpoint" if folder is not None else None
     resumed = checkpoints.latest(checkpoint_folder) if checkpoint_folder is not None else None
     if resumed is not None:
-        state = checkpoints.load_state(resumed)
+        state |= checkpoints.load_state(resumed)
         checkpoints.restore(engine, parameters, checkpoints.load_tensors(resumed), state["step"])
     details = {
         "baseline": baseline,
@@ -105,18 +106,21 @@ def train(
             "peak_memory_bytes": peak,
         }
 
+    def keep(folder: Path) -> None:
+        _save(engine, parameters, folder, state | {"step": step, "window": window.tolist()} | _clock(totals()))
+
     step = state["step"]
     if rank == 0:
         for row in state["curve"]:
             report(row)
 
-    window = torch.zeros(4, dtype=torch.float64)  # loss, ce, kd sums and count since the last evaluation
+    window = torch.tensor(state["window"], dtype=torch.float64)  # loss, ce, kd sums and count since the last evaluation
     outcome: Outcome | None = None
     student.train()
     while step < plan.num_steps and outcome is None:
         rate = learning_rate(trial.training, step, plan.num_steps)
         sums = optimizer_step(engine, trial, parts, split, plan, step, rate)
-        flags = torch.tensor([*sums, float(rank == 0 and should_stop())], dtype=torch.float64, device=parts.device)
+        flags = torch.tensor([*sums, float(should_stop() if rank == 0 else 0)], dtype=torch.float64, device=parts.device)
         total, ce, kd, stopped = sum_over_ranks(flags).tolist()
         window += torch.tensor([total, ce, kd, plan.labels[step]], dtype=torch.float64)
         due = plan.due(step)
@@ -135,14 +139,16 @@ def train(
             row["tokens"] = int(plan.tokens[step - 1])
             state["curve"].append(row)
             if checkpoint_folder is not None and step < plan.num_steps:
-                _save(engine, parameters, checkpoint_folder, state | {"step": step} | _clock(totals()))
+                keep(checkpoint_folder)
             if rank == 0:
                 report(row)
             if not math.isfinite(scores["select_ce"] or 0.0):
                 where = f"step {step} of {plan.num_steps}"
                 outcome = Outcome("FAILED", "diverged", f"held-out loss is {scores['select_ce']} at {where}")
         if outcome is None and stopped and step < plan.num_steps:
-            outcome = Outcome("PRUNED")
+            outcome = Outcome("PRUNED" if stopped == Stop.PRUNED else "INTERRUPTED")
+            if stopped == Stop.INTERRUPTED and checkpoint_folder is not None and due is None:
+                keep(checkpoint_folder)
 
     if outcome is None:
         metrics = evaluate(student.logits, parts, "report", trial.evaluation).named("report")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import logging
 import threading
 import time
@@ -31,19 +32,26 @@ SECONDS_TO_END = 60  # for slots to put their models away; Ray ends those that h
 
 
 class SweepFailed(RuntimeError):
-    """No slot can be kept alive: the reason is the last worker's."""
+    """No slot can be kept alive, or the journal cannot be written."""
 
 
 def run_trials(
-    config: SweepConfig, space: Space, sources: Sources, records: list[TrialRecord], slots: int, progress: Progress
+    config: SweepConfig,
+    space: Space,
+    sources: Sources,
+    records: list[TrialRecord],
+    slots: int,
+    progress: Progress,
+    lost: threading.Event,
 ) -> None:
     """Run what is still to be run of a sweep. Returns when all trials have ended; the journal holds what happened.
 
     Args:
         records: what the journal holds so far.
+        lost: set when the folder is another driver's: nothing more is written.
 
     Raises:
-        SweepFailed: workers die at once, again and again.
+        SweepFailed: workers die at once, again and again, or what happens cannot be written down.
         KeyboardInterrupt: as pressed; what ran is in the journal and in checkpoints.
     """
     given, remaining = settings_to_run(config, space, records)
@@ -53,7 +61,7 @@ def run_trials(
         .options(name=name, namespace=NAMESPACE, num_cpus=0, resources=HEAD, max_concurrency=1000)
         .remote(config.resources.max_failures)
     )
-    recorder = _Recorder(config, space, records, board, progress)
+    recorder = _Recorder(config, space, records, board, progress, lost)
     folder, silence_seconds = str(config.folder.resolve()), 60 * config.resources.silence_minutes
     runners = [
         SlotRunner(SlotJob(slot, name, sources, folder, silence_seconds), config.resources, board, progress.say)
@@ -65,27 +73,36 @@ def run_trials(
     watchdog.start()
     try:
         _fit(config, space, records, given, remaining, name, len(runners), recorder)
-        if recorder.failed is None:
-            recorder.wait_until_all_ended()
+        recorder.wait_until_all_ended()
     except KeyboardInterrupt:
-        if recorder.failed is None:  # pressed, as opposed to the watchdog's
+        if lost.is_set():
+            recorder.failed = "another driver took this sweep over, as this one was thought dead"
+        elif recorder.failed is None:  # pressed, as opposed to the watchdog's
+            progress.say("stopping: trials keep a checkpoint after the step they are in (again Ctrl-C: without it)")
             raise
     finally:
-        for runner in runners:
-            runner.closing = True
-        recorder.closing = True
-        ending: set[int] = set()
-        try:
-            ending = ray.get(board.close.remote(), timeout=10)
-        except Exception:
-            logging.getLogger("neo_ray").warning("the board did not answer at the end")
-    deadline = time.monotonic() + SECONDS_TO_END
-    for runner in runners:
-        if runner.job.slot in ending:
-            runner.join(timeout=max(0.0, deadline - time.monotonic()))
-    recorder.join(timeout=30)
+        if not lost.is_set():
+            _end(runners, recorder, board)
     if recorder.failed is not None:
         raise SweepFailed(recorder.failed)
+
+
+def _end(runners: list[SlotRunner], recorder: _Recorder, board: Any) -> None:
+    """Slots put their trials and models away, and only then nobody listens any more. A slot that waits for a node is left."""
+    recorder.ending = True
+    for runner in runners:
+        runner.closing = True
+    deadline = time.monotonic() + SECONDS_TO_END
+    try:
+        asked = ray.get(board.close.remote(), timeout=10)
+    except ray.exceptions.RayError:
+        logging.getLogger("neo_ray").warning("the board did not answer at the end")
+        asked = set()
+    for runner in runners:
+        if runner.job.slot in asked:
+            runner.join(timeout=max(0.0, deadline - time.monotonic()))
+    recorder.closing = True
+    recorder.join(timeout=30)
 
 
 def _fit(
@@ -181,14 +198,22 @@ class _TellBoard(tune.Callback):
 class _Recorder(threading.Thread):
     """Writes the journal from the board's log, where everything passes, and keeps `trials.jsonl` and the display."""
 
-    def __init__(self, config: SweepConfig, space: Space, records: list[TrialRecord], board: Any, progress: Progress) -> None:
+    def __init__(
+        self,
+        config: SweepConfig,
+        space: Space,
+        records: list[TrialRecord],
+        board: Any,
+        progress: Progress,
+        lost: threading.Event,
+    ) -> None:
         super().__init__(daemon=True, name="recorder")
-        self.config, self.space, self.board, self.progress = config, space, board, progress
+        self.config, self.space, self.board, self.progress, self.lost = config, space, board, progress, lost
         self.journal = Journal(config.folder)
         self.records = {record.id: record for record in records}
         self.lock = threading.Lock()  # Tune's thread starts trials, this one hears of everything else
         self.open: set[str] = set()
-        self.closing = False
+        self.ending = self.closing = False
         self.failed: str | None = None
         self.phase = "exploit" if config.sampler.name == "tpe" or config.scheduler.name != "none" else "map"
 
@@ -204,16 +229,24 @@ class _Recorder(threading.Thread):
 
     def run(self) -> None:
         seen = 0
-        while True:
-            try:
+        try:
+            while not self.lost.is_set():
                 items = ray.get(self.board.log_after.remote(seen, 1.0))
-            except Exception:
-                return
-            for item in items:
-                self._write(item)
-            seen += len(items)
-            if self.closing and not items:
-                return
+                for item in items:
+                    self._write(item)
+                seen += len(items)
+                if self.closing and not items:
+                    return
+        except Exception as error:  # a full disk, a dead board: no trial may run that is not recorded
+            logging.getLogger("neo_ray").exception("the journal cannot be kept")
+            if not self.closing:
+                self.give_up(f"the journal cannot be kept: {type(error).__name__}: {error}")
+
+    def give_up(self, why: str) -> None:
+        """The sweep cannot go on: stop Tune, in the main thread."""
+        self.failed = why
+        if not self.ending:
+            _thread.interrupt_main()
 
     def wait_until_all_ended(self) -> None:
         """A stopped trial ends at its slot's next look; the sweep is over when all have."""
@@ -239,11 +272,9 @@ class _Recorder(threading.Thread):
 
 def _watch(runners: list[SlotRunner], recorder: _Recorder) -> None:
     """When no slot is left alive while trials wait, the sweep cannot go on: say why and stop Tune."""
-    import _thread
-
-    while not recorder.closing:
+    while not recorder.ending:
         time.sleep(1)
-        if not recorder.closing and not any(runner.is_alive() for runner in runners):
-            recorder.failed = next((r.error for r in runners if r.error), "all slots ended")
-            _thread.interrupt_main()
+        if not recorder.ending and not any(runner.is_alive() for runner in runners):
+            error = next((r.error for r in runners if r.error), "all slots ended")
+            recorder.give_up(f"workers cannot be kept alive: {error}; their logs: {recorder.config.folder / 'logs'}")
             return

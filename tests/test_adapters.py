@@ -28,6 +28,7 @@ from neo_ray.memory import adapter_parameters, shape_of
 from neo_ray.mistakes import explain
 from neo_ray.parts import Parts, Sources, load_parts
 from neo_ray.parts import shape_of as parts_shape
+from neo_ray.records import Stop
 from neo_ray.settings import ConfigError, DeepSpeedConfig, EvaluationConfig, LoraConfig, TrainingConfig, TrialConfig, trial_leaves
 from neo_ray.train import Outcome, Row, train
 
@@ -189,7 +190,7 @@ DISTURBANCES: dict[str, tuple[TrialConfig, dict[str, Any]]] = {
     "olora": (short(variant="olora", rank=2), {}),
     "moslora": (short(2, variant="moslora"), {}),
     "whole layers": (short(modules_to_save=("lm_head", "embed_tokens", "norm", "q_proj")), {}),
-    "pruned": (short(variant="pissa"), {"should_stop": lambda: True}),
+    "pruned": (short(variant="pissa"), {"should_stop": lambda: Stop.PRUNED}),
     "diverged": (a_trial(lora=lora(variant="olora"), training=TOO_FAST, evaluation=FEW), {}),
     "kd": (a_trial(method="kd", steps=2, evaluation=FEW), {}),
     "ZeRO-3": (short(3, variant="pissa"), {}),

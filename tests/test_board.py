@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from neo_ray.board import Board
+from neo_ray.records import Stop
 
 CONFIG = {"training": {"micro_batch_size": "auto"}}
 
@@ -85,14 +86,14 @@ def test_an_end_counts_once_and_only_from_the_slot_that_holds_the_trial() -> Non
 def test_a_stop_wakes_the_slot_at_once_and_a_stopped_trial_in_the_queue_needs_no_slot() -> None:
     async def story(board: Board) -> None:
         await board.take(0)
-        listening = asyncio.create_task(board.when_cancelled("0000"))
+        listening = asyncio.create_task(board.when_stopped("0000"))
         await asyncio.sleep(0.01)
         assert not listening.done()
         await board.cancel("0000")
         assert kinds(board, "0000") == ["stop"], "the decision is in the log before the slot has seen it"
-        assert await asyncio.wait_for(listening, 1)
+        assert await asyncio.wait_for(listening, 1) == Stop.PRUNED
         await board.finish(0, "0000", {"state": "PRUNED"})
-        assert await board.when_cancelled("0000"), "asked again, it is still so"
+        assert await board.when_stopped("0000") == Stop.PRUNED, "asked again, it is still so"
         await board.cancel("0001")
         await board.close()
         assert await board.take(0) == ("closed", None)
@@ -104,10 +105,25 @@ def test_a_stop_wakes_the_slot_at_once_and_a_stopped_trial_in_the_queue_needs_no
 def test_a_listener_is_let_go_when_its_trial_ends() -> None:
     async def story(board: Board) -> None:
         await board.take(0)
-        listening = asyncio.create_task(board.when_cancelled("0000"))
+        listening = asyncio.create_task(board.when_stopped("0000"))
         await asyncio.sleep(0.01)
         await board.finish(0, "0000", {"state": "COMPLETE"})
         assert not await asyncio.wait_for(listening, 1)
+
+    on_a_board(story)
+
+
+def test_an_interrupted_sweep_ends_no_trial_and_begins_none() -> None:
+    async def story(board: Board) -> None:
+        await board.take(0)
+        listening = asyncio.create_task(board.when_stopped("0000"))
+        await asyncio.sleep(0.01)
+        await board.close()
+        assert await asyncio.wait_for(listening, 1) == Stop.INTERRUPTED
+        await board.leave(0, "0000")
+        assert await board.when_stopped("0000") == Stop.NO, "it left its slot"
+        assert await board.take(0) == ("closed", None), "though another waits"
+        assert kinds(board, "0000") == kinds(board, "0001") == []
 
     on_a_board(story)
 

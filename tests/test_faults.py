@@ -161,13 +161,16 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_result(tiny_world: 
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tiny_world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tiny_world: World, tmp_path: Path, times: int) -> None:
     path = sweep_file(tiny_world, tmp_path, **LONG)
     process = start(path)
     journal = tmp_path / "results" / "tiny" / "journal.jsonl"
     wait_for(lambda: reported(journal), process)
     children = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGINT)
+    for _ in range(times):  # the second time it does not wait for a checkpoint
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
     text = finish(process)
     assert process.returncode == 130, text
     assert "interrupted; the same command goes on from here" in text and "Traceback" not in text
@@ -182,6 +185,18 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tiny_world: World, tm
     records = load_records(journal.parent)
     assert [r.state for r in records] == ["COMPLETE", "COMPLETE"]
     assert max(r.details["resumed_from_step"] for r in records) >= 30
+
+
+@pytest.mark.slow
+def test_a_sweep_that_nobody_reads_any_more_goes_on(tiny_world: World, tmp_path: Path) -> None:
+    process = start(sweep_file(tiny_world, tmp_path, **LONG))
+    journal = tmp_path / "results" / "tiny" / "journal.jsonl"
+    wait_for(lambda: reported(journal), process)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.wait(240) == 0
+    assert [r.state for r in load_records(journal.parent)] == ["COMPLETE", "COMPLETE"]
+    assert (journal.parent / "report.md").exists()
 
 
 def test_a_ray_without_its_state_api_is_refused(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from tiny import World
 from neo_ray import adapters, data, models
 from neo_ray.config import DataConfig
 from neo_ray.parts import Parts, Sources, load_parts
+from neo_ray.records import Stop
 from neo_ray.settings import DeepSpeedConfig, DistillConfig, LoraConfig, TrainingConfig, TrialConfig
 from neo_ray.train import Outcome, Row, train
 
@@ -116,8 +117,18 @@ def test_every_method_trains(sources: Sources, method: str) -> None:
 
 
 def test_a_stop_is_seen_between_steps(sources: Sources) -> None:
-    _, outcome = run(sources, a_trial(steps=12), should_stop=lambda: True)
+    _, outcome = run(sources, a_trial(steps=12), should_stop=lambda: Stop.PRUNED)
     assert outcome.state == "PRUNED" and outcome.totals["steps"] == 1
+
+
+def test_an_interrupted_trial_goes_on_from_the_step_it_was_in(sources: Sources, tmp_path: Path) -> None:
+    trial, asked = a_trial(steps=12), iter([*[Stop.NO] * 4, Stop.INTERRUPTED])
+    whole, _ = run(sources, trial)
+    rows, outcome = run(sources, trial, folder=tmp_path, should_stop=lambda: next(asked))
+    assert outcome.state == "INTERRUPTED" and len(rows) == 1, "stopped between two evaluations"
+    rows, outcome = run(sources, trial, folder=tmp_path)
+    assert outcome.details["resumed_from_step"] == 5
+    assert curve(rows) == curve(whole)
 
 
 def test_divergence_is_an_outcome(sources: Sources) -> None:
