@@ -15,7 +15,9 @@ from torch import Tensor
 
 from neo_ray import devices
 from neo_ray.bench_turns import BASELINE, Announce, Measured, take_turns
+from neo_ray.chunked import chunked_loss, projected_loss, projection
 from neo_ray.losses import neo_loss
+from neo_ray.models import Head
 from neo_ray.settings import DistillConfig
 
 
@@ -27,6 +29,8 @@ class Inputs:
     teacher_NH: Tensor
     teacher_head_VH: Tensor
     labels_N: Tensor
+    projected: tuple[Tensor, Tensor]
+    """The teacher's projection through the student's head, as a store of targets keeps it: fp16, and fp32 constants."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,12 @@ def make_inputs(
 
     student_NH, student_head_VH = states_and_head(width)
     labels_N = torch.randint(vocabulary, (num_tokens,), device=device)
-    return Inputs(student_NH.requires_grad_(), student_head_VH, *states_and_head(teacher_width), labels_N)
+    teacher_NH, teacher_head_VH = states_and_head(teacher_width)
+    teacher, student = Head(teacher_head_VH), Head(student_head_VH.float())
+    known = [projection(teacher.logits(rows_CH, vocabulary), student, vocabulary, 1.0) for rows_CH in teacher_NH.split(64)]
+    c_NH, constant_N = (torch.cat(parts) for parts in zip(*known, strict=True))
+    projected = c_NH.half(), constant_N
+    return Inputs(student_NH.requires_grad_(), student_head_VH, teacher_NH, teacher_head_VH, labels_N, projected)
 
 
 def cross_entropy(inputs: Inputs) -> Tensor:
@@ -84,7 +93,40 @@ def dense(inputs: Inputs) -> Tensor:
     return sums.total / sums.count
 
 
+def chunked(inputs: Inputs) -> Tensor:
+    """The same in chunks: no logits beyond a chunk's are held, of student or teacher."""
+    teacher, vocabulary = Head(inputs.teacher_head_VH), len(inputs.teacher_head_VH)
+    sums = chunked_loss(
+        inputs.student_NH,
+        Head(inputs.student_head_VH),
+        inputs.labels_N,
+        lambda rows: teacher.logits(inputs.teacher_NH[rows], vocabulary),
+        DistillConfig(),
+        vocabulary,
+    )
+    return sums.total / sums.count
+
+
+def projected(inputs: Inputs) -> Tensor:
+    """From what `projection` keeps of the teacher: no head but the student's takes part."""
+    return _projected(inputs, inputs.projected)
+
+
+def chunked_cross_entropy(inputs: Inputs) -> Tensor:
+    """What a trial without a teacher could compute."""
+    return _projected(inputs, None)
+
+
+def _projected(inputs: Inputs, known: tuple[Tensor, Tensor] | None) -> Tensor:
+    head, vocabulary = Head(inputs.student_head_VH), len(inputs.student_head_VH)
+    sums = projected_loss(inputs.student_NH, head, inputs.labels_N, known, DistillConfig(), vocabulary)
+    return sums.total / sums.count
+
+
 ARMS = {
     BASELINE: LossArm("head and cross-entropy, no teacher", cross_entropy),
     "neo": LossArm("both heads and the dense Neo loss", dense),
+    "lora_chunked": LossArm("head and cross-entropy in chunks, no teacher", chunked_cross_entropy),
+    "neo_chunked": LossArm("both heads and the Neo loss in chunks", chunked),
+    "neo_projected": LossArm("head and the Neo loss in chunks, from the teacher's projection", projected),
 }

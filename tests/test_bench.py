@@ -97,9 +97,23 @@ def test_loss_door_end_to_end(quiet_home: Path) -> None:
     words = ["loss", "--tokens", "64", "--vocabulary", "512", "--width", "32", "--teacher-width", "48", "--repeats", "3"]
     assert bench.main([*words, "--out", str(out)]) == 0
     result = read(out)
-    assert list(result["arms"]) == ["lora", "neo"]
+    assert list(result["arms"]) == ["lora", "neo", "lora_chunked", "neo_chunked", "neo_projected"]
     assert result["arms"]["lora"]["time_ratio"] == {"value": 1, "low": 1, "high": 1}
     assert result["command"].startswith("python -m neo_ray.bench loss --tokens 64")
+
+
+def test_the_loss_arms_of_one_name_give_one_loss() -> None:
+    inputs = bench_loss.make_inputs(64, 512, 32, 48, torch.device("cpu"), torch.float32)
+    losses, gradients = {}, {}
+    for name, arm in bench_loss.ARMS.items():
+        inputs.student_NH.grad = None
+        losses[name] = arm.loss(inputs)
+        losses[name].backward()  # type: ignore[no-untyped-call]
+        gradients[name] = inputs.student_NH.grad
+    for name, expected in (("lora_chunked", "lora"), ("neo_chunked", "neo"), ("neo_projected", "neo")):
+        assert losses[name].item() == pytest.approx(losses[expected].item(), abs=2e-3)
+        torch.testing.assert_close(gradients[name], gradients[expected], rtol=1e-2, atol=1e-5)
+    assert abs(losses["neo"].item() - losses["lora"].item()) > 0.1
 
 
 def test_the_reference_takes_the_project_s_step(parts: Parts, process_group: None) -> None:

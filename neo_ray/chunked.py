@@ -1,0 +1,197 @@
+"""How is the loss taken without ever holding logits of all positions? Chunk by chunk, with the gradient made in the forward pass.
+
+Shapes: N scored positions, C positions of a chunk, V real vocabulary, H the student's hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neo_ray.losses import LossSums, neo_loss
+from neo_ray.models import Head
+from neo_ray.settings import DistillConfig
+
+CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}
+"""Of one chunk's fp32 logits, by kind of device: a core's caches are small, and a GPU wants large products."""
+
+TeacherLogits = Callable[[slice], Tensor]
+"""Scored positions of a batch → the teacher's logits_CV there, of any float dtype, without gradient."""
+
+
+def chunk_rows(vocabulary: int, device: torch.device) -> int:
+    """Positions of a chunk."""
+    return max(1, CHUNK_BYTES[device.type] // (4 * vocabulary))
+
+
+def chunked_loss(
+    states_NH: Tensor,
+    head: Head,
+    labels_N: Tensor,
+    teacher: TeacherLogits | None,
+    distill: DistillConfig,
+    vocabulary: int,
+    label_smoothing: float = 0.0,
+    rows: int | None = None,
+) -> LossSums:
+    """`neo_loss` of the logits that `head` makes of `states_NH`: the same sums and gradients, at the memory of one chunk.
+
+    Args:
+        states_NH: the student's last hidden states, with gradient.
+        head: gradients flow into its tensors where they are trained; a frozen head costs no product for them.
+        teacher: None leaves plain cross-entropy.
+        rows: positions of a chunk; by default as many as `CHUNK_BYTES` hold.
+    """
+    rows = rows or chunk_rows(vocabulary, states_NH.device)
+
+    def chunk_loss(states_CH: Tensor, where: slice) -> LossSums:
+        logits_CV = head.logits(states_CH, vocabulary)
+        return neo_loss(logits_CV, labels_N[where], teacher(where) if teacher else None, distill, label_smoothing)
+
+    trained = [tensor for tensor in (head.weight_VH, head.bias_V) if tensor is not None and tensor.requires_grad]
+    total, ce, kd = _InChunks.apply(states_NH, chunk_loss, rows, *trained)
+    return LossSums(total, ce, kd, labels_N.numel())
+
+
+class _InChunks(torch.autograd.Function):
+    """Sums over chunks. The graph of a chunk lives until its gradient is taken, at once; only gradients of inputs are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, states_NH: Tensor, chunk_loss: Callable[..., LossSums], rows: int, *trained: Tensor) -> Any:
+        wanted = states_NH.requires_grad or bool(trained)
+        sums = torch.zeros(3, dtype=torch.float32, device=states_NH.device)
+        gradient_NH = torch.empty_like(states_NH)
+        gradients = [torch.zeros_like(tensor) for tensor in trained]
+        for start in range(0, len(states_NH), rows):
+            where = slice(start, start + rows)
+            with torch.set_grad_enabled(wanted):
+                states_CH = states_NH[where].detach().requires_grad_(wanted)
+                loss = chunk_loss(states_CH, where)
+            if wanted:
+                gradient_NH[where], *others = torch.autograd.grad(loss.total, (states_CH, *trained))
+                for gradient, other in zip(gradients, others, strict=True):
+                    gradient += other
+            sums += torch.stack([loss.total.detach(), loss.ce, loss.kd])
+            del loss
+        ctx.save_for_backward(gradient_NH, *gradients)
+        total, ce, kd = sums.unbind()
+        ctx.mark_non_differentiable(ce, kd)
+        return total, ce, kd
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> Any:
+        gradient_NH, *gradients = ctx.saved_tensors
+        return (gradient_NH * grad_total, None, None, *(gradient * grad_total for gradient in gradients))
+
+
+def projection(teacher_CV: Tensor, head: Head, vocabulary: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """All that forward KL needs of the teacher through a frozen linear head: (c, constant) of each position.
+
+    With z = W h + b and p = softmax(z_T / T), KL(p ‖ q) = LSE(z / T) − h·c / T − constant, where c = Wᵀ p is as wide as the
+    student and constant = H(p) + p·b / T is a scalar (fp32, [C, H] and [C]).
+
+    Args:
+        teacher_CV: the teacher's logits over the real vocabulary.
+    """
+    scale, weight_VH, bias_V = linear(head, vocabulary)
+    log_p_CV = torch.log_softmax(teacher_CV.float() / temperature, dim=-1)
+    p_CV = log_p_CV.exp()
+    constant_C = -(p_CV * log_p_CV).sum(dim=-1)
+    if bias_V is not None:
+        constant_C = constant_C + scale * (p_CV @ bias_V.float()) / temperature
+    return scale * (p_CV.to(weight_VH.dtype) @ weight_VH).float(), constant_C
+
+
+def projected_loss(
+    states_NH: Tensor,
+    head: Head,
+    labels_N: Tensor,
+    projected: tuple[Tensor, Tensor] | None,
+    distill: DistillConfig,
+    vocabulary: int,
+    label_smoothing: float = 0.0,
+    rows: int | None = None,
+) -> LossSums:
+    """`neo_loss` with forward KL of a teacher of whom only `projection` is known, at the price of plain cross-entropy.
+
+    The head is frozen and linear: its gradient is not taken.
+
+    Args:
+        projected: c_NH and constant_N at the temperature of `distill`; None leaves plain cross-entropy.
+    """
+    rows = rows or chunk_rows(vocabulary, states_NH.device)
+    kd_ratio = distill.kd_ratio if projected is not None else 0.0
+    total, ce, kd = _Projected.apply(
+        states_NH, head, labels_N, projected, kd_ratio, distill.temperature, vocabulary, label_smoothing, rows
+    )
+    return LossSums(total, ce, kd, labels_N.numel())
+
+
+class _Projected(torch.autograd.Function):
+    """Σ (1 − λ)·CE + λ·T²·KL; the gradient of LSE(z) is softmax(z), everything else is linear in h."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states_NH: Tensor,
+        head: Head,
+        labels_N: Tensor,
+        projected: tuple[Tensor, Tensor] | None,
+        kd_ratio: float,
+        temperature: float,
+        vocabulary: int,
+        label_smoothing: float,
+        rows: int,
+    ) -> Any:
+        scale, weight_VH, _ = linear(head, vocabulary)
+        gradient_NH = torch.empty_like(states_NH)
+        sums = torch.zeros(3, dtype=torch.float32, device=states_NH.device)
+        for start in range(0, len(states_NH), rows):
+            where = slice(start, start + rows)
+            states_CH, labels_C1 = states_NH[where], labels_N[where, None]
+            logits_CV = head.logits(states_CH, vocabulary)
+            lse_C, label_C = torch.logsumexp(logits_CV, dim=-1), logits_CV.gather(-1, labels_C1).squeeze(-1)
+            ce_C = lse_C - label_C
+            hard_C, kd_C = ce_C, torch.zeros_like(ce_C)
+            if label_smoothing:
+                hard_C = lse_C - (1 - label_smoothing) * label_C - label_smoothing * logits_CV.mean(dim=-1)
+            soft_CV: Tensor | float = 0.0
+            if projected is not None:
+                c_CH, constant_C = projected[0][where].float(), projected[1][where]
+                soft_lse_C = lse_C if temperature == 1 else torch.logsumexp(logits_CV / temperature, dim=-1)
+                kd_C = temperature**2 * (soft_lse_C - constant_C) - temperature * (states_CH.float() * c_CH).sum(dim=-1)
+                if kd_ratio and temperature != 1:
+                    soft_CV = torch.exp_(logits_CV / temperature - soft_lse_C[:, None]).mul_(kd_ratio * temperature)
+            # labels are taken off before the product is rounded: where the student is sure, softmax and label nearly cancel
+            gradient_CV = torch.exp_(logits_CV.sub_(lse_C[:, None]))
+            gradient_CV.mul_(1.0 if temperature == 1 else 1 - kd_ratio).add_(soft_CV)
+            hard = torch.full_like(label_C, -(1 - kd_ratio) * (1 - label_smoothing))
+            gradient_CV.scatter_add_(-1, labels_C1, hard[:, None])
+            if label_smoothing:
+                gradient_CV.sub_((1 - kd_ratio) * label_smoothing / vocabulary)
+            gradient_CH = scale * (gradient_CV.to(weight_VH.dtype) @ weight_VH).float()
+            if projected is not None:
+                gradient_CH -= kd_ratio * temperature * c_CH
+            gradient_NH[where] = gradient_CH.to(states_NH.dtype)
+            total_C = (1 - kd_ratio) * hard_C + kd_ratio * kd_C if kd_ratio else hard_C
+            sums += torch.stack([total_C.sum(), ce_C.sum(), kd_C.sum()])
+        ctx.save_for_backward(gradient_NH)
+        total, ce, kd = sums.unbind()
+        ctx.mark_non_differentiable(ce, kd)
+        return total, ce, kd
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> Any:
+        (gradient_NH,) = ctx.saved_tensors
+        return (gradient_NH * grad_total, *([None] * 8))
+
+
+def linear(head: Head, vocabulary: int) -> tuple[float, Tensor, Tensor | None]:
+    """(scale, weight_VH, bias_V) of a head without soft-cap: z = scale·(W h + b)."""
+    if head.soft_cap is not None:
+        raise ValueError("a soft-capped head is not linear in the hidden state")
+    bias_V = None if head.bias_V is None else head.bias_V[:vocabulary]
+    return head.logit_scale, head.weight_VH[:vocabulary], bias_V
