@@ -87,17 +87,19 @@ def test_a_killed_sweep_goes_on_from_its_checkpoints(tiny_world: World, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["rank", "learning_rate", "alpha", "kd_ratio", "methods"])
 def test_every_sweep_of_the_repository_runs(tiny_world: World, tmp_path: Path, name: str) -> None:
-    """Two trials of two steps; what the file says is kept, but for models, data and resources."""
+    """Two trials of two steps, drawn from the file's space; what it says is kept, but for models, data and resources."""
+    resources = "{workers_per_trial: 2, concurrency: 1}" if name == "methods" else "{concurrency: 2}"
     process = start(
         ROOT / "sweeps" / f"{name}.yaml",
         f"teacher={{model: {tiny_world.teacher}}}",
         f"student={{model: {tiny_world.student}}}",
         f"data={{source: {tiny_world.data}, max_length: 48, select_fraction: 0.2, report_fraction: 0.2}}",
-        "resources={concurrency: 2}",
+        f"resources={resources}",
         f"storage={{path: {tmp_path / 'results'}, cache: {tmp_path / 'cache'}}}",
         "training.epochs=null",
         "training.steps=2",
-        "sampler.num_trials=2",
+        "sampler={name: random, num_trials: 2}",
+        "seed=1",  # draws two settings that differ, in every file
         home=tmp_path,
     )
     text = finish(process)
@@ -105,7 +107,11 @@ def test_every_sweep_of_the_repository_runs(tiny_world: World, tmp_path: Path, n
     records = load_records(tmp_path / "results" / name)
     assert [r.state for r in records] == ["COMPLETE", "COMPLETE"], [r.error for r in records]
     assert all(r.steps == 2 for r in records)
-    assert records[0].params != records[1].params or records[0].seed != records[1].seed
+    assert records[0].params != records[1].params
+    if name == "methods":
+        assert [r.params["method"] for r in records] == ["lora", "kd"], "an adapter and all parameters, without and with a teacher"
+        assert [r.metrics["train_kd"] is None for r in records] == [True, False]
+        assert all(r.details["workers"] == 2 for r in records)
 
 
 @pytest.mark.parametrize(
