@@ -25,20 +25,29 @@ LONG = {
 
 FAULT = """
 import builtins, sys
-plain = builtins.__import__
+plain, target = builtins.__import__, "neo_ray.train"
 
 def importing(*arguments, **named):
     module = plain(*arguments, **named)
-    train = sys.modules.get("neo_ray.train")
-    if hasattr(train, "optimizer_step") and hasattr(train, "train") and not hasattr(train, "injected"):
-        train.injected = True
-        inject(train)
+    found = sys.modules.get(target)
+    if found is not None and not found.__spec__._initializing and not hasattr(found, "injected"):
+        found.injected = True
+        inject(found)
     return module
 
 builtins.__import__ = importing
 
 """
-"""Given to every process as its sitecustomize, with a function `inject` that breaks the training module."""
+"""Given to every process as its sitecustomize, with a function `inject` that breaks the training module (or another `target`)."""
+UNREADABLE = """
+target = "neo_ray.parts"
+
+def inject(parts):
+    def load_parts(sources, trial, device):
+        raise OSError("the disk with the weights is gone")
+
+    parts.load_parts = load_parts
+"""
 SMALL_MEMORY = """
 def inject(train):
     scored = train.scored
@@ -115,6 +124,25 @@ def test_a_trial_that_fails_is_recorded_with_its_cause_and_the_sweep_goes_on(tin
     assert all(record.state == "FAILED" for cause, record in found.items() if cause)
     assert found[None].state == "COMPLETE" and found[None].id == "0003"
     assert "FAILED (out_of_memory)" in text and "Traceback" not in text
+
+
+@pytest.mark.slow
+def test_models_that_do_not_load_end_the_sweep_and_fail_no_trial(tiny_world: World, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(FAULT + UNREADABLE)
+    resources = {"concurrency": 1, "max_failures": 0}
+    path = sweep_file(tiny_world, tmp_path, sampler={"name": "tpe", "num_trials": 1}, resources=resources)
+    process = start(path, also_import=tmp_path)
+    text = finish(process)
+    assert process.returncode == 1, text
+    assert "error: workers cannot be kept alive: " in text and "the disk with the weights is gone" in text
+    assert "lost its workers in trial" not in text and "Traceback" not in text
+    assert [(r.state, r.attempts) for r in load_records(tmp_path / "results" / "tiny")] == [("RUNNING", 1)]
+
+    (tmp_path / "sitecustomize.py").unlink()
+    process = start(path)
+    text = finish(process)
+    assert process.returncode == 0, text
+    assert [(r.state, r.id) for r in load_records(tmp_path / "results" / "tiny")] == [("COMPLETE", "0000")]
 
 
 @pytest.mark.slow
