@@ -83,7 +83,7 @@ class Worker:
         from neo_ray.parts import rank_and_world_size, shape_of
 
         world_size = rank_and_world_size()[1]
-        kind = (shape_of(trial, self.device), trial.method, trial.training.gradient_checkpointing)
+        kind = (shape_of(trial, self.device), trial.method, trial.training.gradient_checkpointing, trial.training.packing)
         size = trial.training.micro_batch(world_size)
         if trial.training.micro_batch_size == "auto":
             size = min(size, self.fits.get(kind, size))
