@@ -110,10 +110,6 @@ def _data(config: SweepConfig, space: Space) -> Iterator[str]:
     if _exists(data.source) or is_quickstart(data.source):
         for key in sorted({"subset", "split", "revision"} & data.model_fields_set):
             yield f"data.{key} is ignored: {data.source} is not a hub data set"
-    models = {"teacher.model": config.teacher.model if config.teacher else "", "student.model": config.student.model or ""}
-    for where, name in {**models, "data.source": data.source}.items():
-        if name.startswith(("/", "./", "../", "~")) and not _exists(name):
-            yield f"{where}: {name} does not exist on this machine"
 
 
 def _cluster(config: SweepConfig, space: Space) -> Iterator[str]:

@@ -6,7 +6,6 @@ Shapes: B sequences, L tokens of a sequence, N tokens of a batch, H hidden width
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import hashlib
 import inspect
@@ -22,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from neo_ray.local import locate_model
 from neo_ray.memory import cached_snapshot
 from neo_ray.quickstart import without_progress_bars
 from neo_ray.settings import ConfigError
@@ -300,24 +300,11 @@ def loading(model: str, where: str) -> Iterator[str]:
     """Gives the folder or hub name to load from, without progress bars; what goes wrong inside is a ConfigError at `where`."""
     try:
         with without_progress_bars():
-            yield _source(model, where)
+            yield locate_model(model, where)
     except ConfigError:
         raise
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"{where}: {model} {_cause(error, where)}") from error
-
-
-def _source(model: str, where: str) -> str:
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"{where}: the folder {model} holds no config.json, so it is not a model")
-        return str(folder)
-    if model.startswith(("/", ".", "~")) or model.count("/") > 1:
-        siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        near = difflib.get_close_matches(folder.name, siblings, 1)
-        raise ConfigError(f"{where}: there is no folder {model}" + (f"; did you mean {folder.parent / near[0]}?" if near else ""))
-    return model
 
 
 def _cause(error: BaseException, where: str) -> str:

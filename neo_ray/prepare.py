@@ -10,6 +10,7 @@ from typing import Any
 from neo_ray import quickstart
 from neo_ray.assets import is_quickstart
 from neo_ray.config import SweepConfig
+from neo_ray.local import check_layers
 from neo_ray.parts import Sources
 from neo_ray.space import build_space
 
@@ -22,7 +23,7 @@ def prepare(config: SweepConfig, announce: Announce) -> Sources:
     Raises:
         ConfigError: a missing file, a bad line, another vocabulary, nothing to train on. Nothing is written then.
     """
-    from neo_ray import adapters, data, models, pruning
+    from neo_ray import adapters, data, models
 
     def local(name: str) -> str:
         return quickstart.fetch(name, config.cache, announce) if is_quickstart(name) else name
@@ -37,7 +38,7 @@ def prepare(config: SweepConfig, announce: Announce) -> Sources:
         if source is not None:
             models.check_weights(source, at)
     own = models.read_config(student_source, owner.revision, owner.trust_remote_code, where)
-    pruning.check(config, own.get_text_config().num_hidden_layers)
+    check_layers(config, own.get_text_config().num_hidden_layers)
     space = build_space(config)
     if {"lora", "neo"} & set(space.reach("method")):
         outline = models.outline(student_source, own, owner.trust_remote_code, where)

@@ -23,6 +23,7 @@ from transformers import AutoConfig
 
 from neo_ray import devices
 from neo_ray.config import SweepConfig
+from neo_ray.local import check_given_layers, check_layers
 from neo_ray.models import Head, decoder, last_hidden, load_model, loading, output_head, weights_digest
 from neo_ray.quickstart import made_once
 from neo_ray.settings import ConfigError
@@ -45,7 +46,7 @@ def student_folder(config: SweepConfig, teacher_folder: str, calibration: Calibr
     assert prune is not None and config.teacher is not None
     source = _local_folder(teacher_folder, config.teacher.revision, "teacher.model")
     num_layers, layers = _num_layers(source), prune.layers
-    check(config, num_layers)
+    check_layers(config, num_layers)
     if layers is not None:
         digest = weights_digest(source, list(layers))
         return str(made_once(cache / "students" / digest, lambda folder: _write_pruned(source, layers, folder)))
@@ -64,15 +65,6 @@ def student_folder(config: SweepConfig, teacher_folder: str, calibration: Calibr
     return str(made_once(cache / "students" / digest, make))
 
 
-def check(config: SweepConfig, num_layers: int) -> None:
-    """Can so many layers be cut as asked? From the teacher's config alone. Raises ConfigError at `student.prune`."""
-    prune = config.student.prune
-    if prune is not None and prune.layers is not None:
-        _check_layers(prune.layers, num_layers)
-    if prune is not None and prune.keep is not None and prune.keep > num_layers:
-        raise ConfigError(f"student.prune.keep: {prune.keep} layers of a teacher that has {num_layers}")
-
-
 def prune_layers(source_folder: str | Path, layers: Sequence[int], target_folder: str | Path) -> str:
     """A model with only these layers of the source, renumbered; tokenizer and all other weights as they were. Whole or absent.
 
@@ -82,7 +74,7 @@ def prune_layers(source_folder: str | Path, layers: Sequence[int], target_folder
         ConfigError: at `student.prune.layers`.
     """
     source = Path(source_folder)
-    _check_layers(layers, _num_layers(source))
+    check_given_layers(layers, _num_layers(source))
     return str(made_once(Path(target_folder), lambda folder: _write_pruned(source, layers, folder)))
 
 
@@ -234,15 +226,6 @@ def _num_layers(source: Path) -> int:
     if not found or found != set(range(told or 0)):
         raise ConfigError(f"student.prune: {source} does not keep its layers as safetensors `layers.0 …`, so none can be dropped")
     return len(found)
-
-
-def _check_layers(layers: Sequence[int], num_layers: int) -> None:
-    wrong = [i for i in layers if not 0 <= i < num_layers]
-    if wrong or not layers or list(layers) != sorted(set(layers)):
-        raise ConfigError(
-            f"student.prune.layers: {wrong[0] if wrong else list(layers)} with a teacher of {num_layers} layers; "
-            f"allowed: 0 to {num_layers - 1}, ascending, distinct"
-        )
 
 
 def _local_folder(model: str, revision: str | None, where: str) -> Path:

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from neo_ray import loading
+from neo_ray import loading, local
 from neo_ray.config import SweepConfig
 from neo_ray.plan import make_plan, render
 from neo_ray.settings import ConfigError
@@ -40,9 +40,9 @@ def main(argv: list[str] | None = None) -> int:
         config = loading.load(asked.file, asked.overrides)
         if asked.dry_run:
             print(render(make_plan(config)))
-            for check in (lambda: _check_same_sweep(config, asked.fresh), lambda: _check_accelerator(config)):
+            for check in (lambda _: _check_same_sweep(config, asked.fresh), _check_accelerator, *local.CHECKS):
                 try:
-                    check()
+                    check(config)
                 except ConfigError as error:
                     print(f"   would be refused: {error}")
             return 0
@@ -72,6 +72,8 @@ def run(config: SweepConfig, space: Space, fresh: bool = False, retry_failed: bo
     _check_same_sweep(config, fresh)
     _check_writable(config)
     _check_accelerator(config)
+    for check in local.CHECKS:
+        check(config)
     refuse_if_held(config.folder)
     announce(f"sweep {config.name}: preparing")
     _quiet()

@@ -109,7 +109,7 @@ def test_every_sweep_of_the_repository_runs(tiny_world: World, tmp_path: Path, n
     assert all(r.steps == 2 for r in records)
     assert records[0].params != records[1].params
     if name == "methods":
-        assert [r.params["method"] for r in records] == ["lora", "kd"], "an adapter and all parameters, without and with a teacher"
+        assert [r.params["method"] for r in records] == ["lora", "kd"], "an adapter, all parameters; no teacher, a teacher"
         assert [r.metrics["train_kd"] is None for r in records] == [True, False]
         assert all(r.details["workers"] == 2 for r in records)
 
@@ -221,7 +221,31 @@ def test_a_dry_run_imports_neither_torch_nor_ray(tiny_world: World, tmp_path: Pa
         "import sys; from neo_ray.sweep import main; code = main(sys.argv[1:]); "
         "bad = {'torch', 'ray', 'transformers'} & set(sys.modules); sys.exit(f'imported {bad}' if bad else code)"
     )
-    command = [sys.executable, "-c", code, str(sweep_file(tiny_world, tmp_path)), "--dry-run"]
+    path = sweep_file(tiny_world, tmp_path, student={"prune": {"keep": 99}})
+    command = [sys.executable, "-c", code, str(path), "--dry-run"]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "rank" in done.stdout
+    assert "would be refused: student.prune.keep: 99 layers of a teacher that has 4" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.source=nowhere.jsonl", "data.source: nowhere.jsonl: no such file or folder"),
+        ("teacher.model={folder}", "teacher.model: the folder {folder} holds no config.json"),
+        ("student.model=./nowhere", "student.model: there is no folder ./nowhere"),
+        ("student={{prune: {{layers: [0, 99]}}}}", "student.prune.layers: 99 with a teacher of 4 layers"),
+        ("student={{prune: {{keep: 5}}}}", "student.prune.keep: 5 layers of a teacher that has 4"),
+    ],
+)
+def test_a_dry_run_says_what_the_run_would_refuse_of_this_machine(
+    tiny_world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, words: str
+) -> None:
+    arguments = [str(sweep_file(tiny_world, tmp_path)), override.format(folder=tmp_path)]
+    assert main([*arguments, "--dry-run"]) == 0
+    (refusal,) = (line for line in capsys.readouterr().out.splitlines() if "would be refused: " in line)
+    assert words.format(folder=tmp_path) in refusal
+    assert main(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.err == f"error: {refusal.partition('would be refused: ')[2]}\n" and not shown.out, "before anything is prepared"

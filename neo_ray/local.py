@@ -1,0 +1,74 @@
+"""Is what a sweep file names on this machine, and does it go together? Without torch: a dry run asks, and so does the run."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+from neo_ray import sources
+from neo_ray.assets import is_quickstart
+from neo_ray.config import SweepConfig
+from neo_ray.memory import model_shapes
+from neo_ray.settings import ConfigError
+
+
+def check_data(config: SweepConfig) -> None:
+    """Raises ConfigError where `data.source` is a path and nothing readable is there."""
+    if not is_quickstart(config.data.source):
+        sources.locate(config.data.source)
+
+
+def check_models(config: SweepConfig) -> None:
+    """Raises ConfigError where teacher or student is a path and no model's folder is there."""
+    named = {"teacher.model": config.teacher.model if config.teacher else None, "student.model": config.student.model}
+    for where, model in named.items():
+        if model is not None and not is_quickstart(model):
+            locate_model(model, where)
+
+
+def check_pruning(config: SweepConfig) -> None:
+    """Raises ConfigError where a teacher whose config is here has too few layers for `student.prune`."""
+    teacher = model_shapes(config)[0]
+    if teacher is not None and teacher.source == "config.json":
+        check_layers(config, teacher.num_layers)
+
+
+CHECKS = (check_data, check_models, check_pruning)
+
+
+def locate_model(model: str, where: str) -> str:
+    """The folder of a local model, or the name as it is where it can only be one of the hub.
+
+    Raises:
+        ConfigError: at YAML path `where`: it is a path, and no model's folder is there.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"{where}: the folder {model} holds no config.json, so it is not a model")
+        return str(folder)
+    if model.startswith(("/", ".", "~")) or model.count("/") > 1:
+        siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        near = difflib.get_close_matches(folder.name, siblings, 1)
+        raise ConfigError(f"{where}: there is no folder {model}" + (f"; did you mean {folder.parent / near[0]}?" if near else ""))
+    return model
+
+
+def check_layers(config: SweepConfig, num_layers: int) -> None:
+    """Can so many layers be cut as asked? Raises ConfigError at `student.prune`."""
+    prune = config.student.prune
+    if prune is not None and prune.layers is not None:
+        check_given_layers(prune.layers, num_layers)
+    if prune is not None and prune.keep is not None and prune.keep > num_layers:
+        raise ConfigError(f"student.prune.keep: {prune.keep} layers of a teacher that has {num_layers}")
+
+
+def check_given_layers(layers: Sequence[int], num_layers: int) -> None:
+    """Raises ConfigError at `student.prune.layers`."""
+    wrong = [i for i in layers if not 0 <= i < num_layers]
+    if wrong or not layers or list(layers) != sorted(set(layers)):
+        raise ConfigError(
+            f"student.prune.layers: {wrong[0] if wrong else list(layers)} with a teacher of {num_layers} layers; "
+            f"allowed: 0 to {num_layers - 1}, ascending, distinct"
+        )
