@@ -43,7 +43,7 @@ def _unused_axes(config: SweepConfig, space: Space) -> Iterator[str]:
 def _unused_sections(config: SweepConfig, space: Space) -> Iterator[str]:
     methods = set(space.reach("method"))
     for section, users in USED_BY.items():
-        if section in config.model_fields_set and not methods & set(users):
+        if getattr(config, section).not_default and not methods & set(users):
             yield f"section `{section}` is ignored: method {' and '.join(sorted(methods))} has {WHY[section]}"
     if methods & set(USED_BY["distill"]) and space.reach("kd_ratio") == [0.0]:
         yield "distill.kd_ratio is 0: the teacher has no weight in the loss"
@@ -52,7 +52,7 @@ def _unused_sections(config: SweepConfig, space: Space) -> Iterator[str]:
 def _divergence(config: SweepConfig, space: Space) -> Iterator[str]:
     divergences = space.reach("divergence")
     for name, users in PARAMETER_OF.items():
-        given = space.setters(name) or name in config.distill.model_fields_set
+        given = space.setters(name) or name in config.distill.not_default
         if given and not set(divergences) & set(users):
             yield f"distill.{name} is ignored: divergence {' and '.join(divergences)} does not read it"
 
@@ -76,14 +76,14 @@ def _sampler(config: SweepConfig, space: Space) -> Iterator[str]:
         yield f"sampler.num_trials: {sampler.num_trials}, and the space holds {size} settings; some will be repeated"
     if sampler.name == "tpe" and sampler.num_trials and sampler.num_trials <= sampler.startup_trials:
         yield f"sampler: all {sampler.num_trials} trials are random ({sampler.startup_trials} startup_trials)"
-    if sampler.name != "tpe" and "startup_trials" in sampler.model_fields_set:
+    if sampler.name != "tpe" and "startup_trials" in sampler.not_default:
         yield f"sampler.startup_trials is ignored: sampler.name is {sampler.name}"
 
 
 def _scheduler(config: SweepConfig, space: Space) -> Iterator[str]:
     scheduler, points = config.scheduler, config.evaluation.points
     if scheduler.name == "none":
-        given = sorted({"grace", "reduction_factor"} & scheduler.model_fields_set)
+        given = sorted({"grace", "reduction_factor"} & scheduler.not_default)
         if given:
             yield f"scheduler.{' and '.join(given)} is ignored: scheduler.name is none"
     elif not scheduler.rungs(points):
@@ -99,7 +99,7 @@ def _training(config: SweepConfig, space: Space) -> Iterator[str]:
     workers = config.resources.workers_per_trial
     if smallest < workers:
         yield f"training.batch_size: {smallest} sequences leave some of the {workers} workers of a trial without work"
-    if space.reach("packing") == [True] and ("padding_side" in config.training.model_fields_set or space.setters("padding_side")):
+    if space.reach("packing") == [True] and ("padding_side" in config.training.not_default or space.setters("padding_side")):
         yield "training.padding_side is ignored: training.packing leaves no padding"
     if True in space.reach("packing") and space.reach("micro_batch_size") == [1]:
         yield "training.packing changes nothing: training.micro_batch_size is 1, and a single sequence is never padded"
@@ -108,7 +108,7 @@ def _training(config: SweepConfig, space: Space) -> Iterator[str]:
 def _data(config: SweepConfig, space: Space) -> Iterator[str]:
     data = config.data
     if _exists(data.source) or is_quickstart(data.source):
-        for key in sorted({"subset", "split", "revision"} & data.model_fields_set):
+        for key in sorted({"subset", "split", "revision"} & data.not_default):
             yield f"data.{key} is ignored: {data.source} is not a hub data set"
 
 

@@ -117,8 +117,9 @@ def prepare(config: DataConfig, source: str, tokenizer: Any, cache: Path, announ
         ConfigError: the source, a row of it, the chat template or a split is not usable; nothing is left in `cache` then.
     """
     opened = open_source(config, source)
-    if opened.is_local and HUB_ONLY & config.model_fields_set:
-        announce(f"data.subset, data.split and data.revision are for hub data sets: ignored for {source}")
+    ignored = sorted(HUB_ONLY & config.not_default) if opened.is_local else []
+    if ignored:
+        announce(f"{' and '.join(f'data.{key}' for key in ignored)}: ignored, since {source} is no hub data set")
     name = fingerprint(config, opened.content, tokenizer, opened.is_local)
     folder = Path(cache).expanduser() / "data" / name
     if folder.exists():

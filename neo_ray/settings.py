@@ -29,6 +29,11 @@ class Section(BaseModel):
             raise ValueError("must not be true or false")
         return value
 
+    @property
+    def not_default(self) -> set[str]:
+        """The fields with another value than the default. A resolved file states all, so that to be given tells nothing."""
+        return {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
+
 
 class LoraConfig(Section):
     rank: int = Field(64, ge=1)

@@ -344,6 +344,16 @@ def test_format_decides_between_columns(run: Callable[..., TokenData]) -> None:
 # Reuse
 
 
+def test_what_only_a_hub_data_set_has_is_said_to_be_ignored_where_it_was_asked_for(
+    tiny_world: World, tokenizer: Any, tmp_path: Path
+) -> None:
+    resolved = DataConfig.model_validate(DataConfig(source=str(tiny_world.data)).model_dump())
+    said: list[str] = []
+    for config in (resolved, DataConfig(source=str(tiny_world.data), subset="0625")):
+        prepare(config, str(tiny_world.data), tokenizer, tmp_path, said.append)
+    assert [line for line in said if "ignored" in line] == [f"data.subset: ignored, since {tiny_world.data} is no hub data set"]
+
+
 def test_data_are_tokenised_once(tmp_path: Path, tiny_world: World, tokenizer: Any) -> None:
     config, said = DataConfig(source=str(tiny_world.data)), list[str]()
     folder = prepare(config, str(tiny_world.data), tokenizer, tmp_path, said.append)

@@ -18,7 +18,7 @@ import pytest
 from tiny import World, make_llama
 
 from neo_ray.config import SweepConfig
-from neo_ray.loading import load, validate
+from neo_ray.loading import load, plain, validate
 from neo_ray.memory import activation_bytes, adapter_parameters, memory_per_worker, shape_of
 from neo_ray.plan import TrainSplit, make_plan, render, tokens_per_trial
 from neo_ray.settings import ConfigError, LoraConfig
@@ -286,6 +286,12 @@ def test_tokens_span_the_lengths_and_batches_of_the_space() -> None:
 )
 def test_what_will_be_ignored_or_looks_wrong_is_said(sections: dict[str, Any], expected: str) -> None:
     assert expected in warnings_of(**sections)
+
+
+@pytest.mark.parametrize("method", ["sft", "lora", "neo"])
+def test_a_resolved_file_which_states_all_defaults_is_told_no_more(method: str) -> None:
+    quiet = sweep(method=method, sampler={"name": "random"}, scheduler={"name": "none"}, search={"packing": True})
+    assert make_plan(validate(plain(quiet))).warnings == make_plan(quiet).warnings
 
 
 def test_trials_that_do_not_fit_this_machine_together_are_said() -> None:
