@@ -10,6 +10,8 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -126,13 +128,26 @@ def _create_moments(engine: Any, step: int) -> None:
         masters = engine.optimizer.fp32_partitioned_groups_flat
     else:
         masters = engine.optimizer.single_partition_of_fp32_groups
-    for master in masters:
-        engine.basic_optimizer.state[master] = {
-            "step": torch.tensor(float(step)),
-            "exp_avg": torch.zeros_like(master),
-            "exp_avg_sq": torch.zeros_like(master),
-        }
+    for number, master in enumerate(masters):
+        with _on_hand(engine, number):
+            engine.basic_optimizer.state[master] = {
+                "step": torch.tensor(float(step)),
+                "exp_avg": torch.zeros_like(master),
+                "exp_avg_sq": torch.zeros_like(master),
+            }
     _link_moments(engine)
+
+
+@contextmanager
+def _on_hand(engine: Any, number: int) -> Iterator[None]:
+    """Where ZeRO-3 keeps a master copy on a disk, it has no elements until it is read; its moments are written with it."""
+    zero = engine.optimizer
+    on_disk = _stage(engine) == 3 and zero._swappable_optimizer_subgroup(number)
+    if on_disk:
+        zero._optimizer_states_and_gradient_swap_in(number)
+    yield
+    if on_disk:
+        zero._optimizer_states_and_gradient_swap_out(number)
 
 
 def _link_moments(engine: Any) -> None:

@@ -233,14 +233,20 @@ def memory_per_worker(config: SweepConfig, trial: TrialConfig, teacher: ModelSha
     frozen = student.num_parameters if trial.has_adapter else 0
     # Under bf16 autocast a weight that is trained has a bf16 copy for as long as its backward pass needs it.
     trained_bytes = FP32 if size == FP32 else FP32 + BF16
-    gathered = (student.layer_parameters + student.vocab_size * student.hidden_size) * size if shards[3] > 1 else 0
+    gathered = (
+        (student.layer_parameters + student.vocab_size * student.hidden_size) * size
+        if shards[3] > 1 or trial.deepspeed.offload_parameters != "none"
+        else 0
+    )
+    places = (trial.deepspeed.offload_optimizer, trial.deepspeed.offload_parameters)
+    elsewhere = [config.resources.gpus_per_worker > 0 and place != "none" for place in places]  # host memory is not a GPU's
     packed = trial.training.packing and trial.training.micro_batch(config.resources.workers_per_trial) > 1
     return {
-        "frozen student": frozen * size // shards[3] + gathered,
+        "frozen student": (0 if elsewhere[1] else frozen * size // shards[3]) + gathered,
         "teacher": teacher.num_parameters * size if teacher else 0,
         "trained weights": trained * trained_bytes // shards[3],
         "gradients": trained * FP32 // shards[2],
-        "optimizer": trained * (2 * FP32 + (FP32 if stage else 0)) // shards[1],
+        "optimizer": 0 if elsewhere[0] else trained * (2 * FP32 + (FP32 if stage else 0)) // shards[1],
         "ZeRO bucket": _bucket_bytes(trial, trained),
         "activations": activation_bytes(micro_batch_tokens(config, trial), trial, student, size, packed),
         "logits and loss": loss_bytes(config, trial, student, size),

@@ -157,6 +157,8 @@ def _largest_trial(
         "dtype",
         "gradient_checkpointing",
         "zero_stage",
+        "offload_optimizer",
+        "offload_parameters",
         "micro_batch_size",  # may be `auto`
     )
     options = {name: space.reach(name) for name in alternatives if space.setters(name)}

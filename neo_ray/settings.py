@@ -166,6 +166,7 @@ DEEPSPEED_OURS = {
     "bf16": "training.dtype",
     "fp16": "training.dtype",
     "torch_autocast": "training.dtype",
+    "zero_force_ds_cpu_optimizer": "deepspeed.offload_optimizer",
     "optimizer": "training.learning_rate",
     "scheduler": "training.schedule",
 }
@@ -173,7 +174,6 @@ DEEPSPEED_OURS = {
 DEEPSPEED_PASSED = (
     "zero_optimization",
     "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
     "aio",
     "activation_checkpointing",
     "checkpoint",
@@ -198,6 +198,12 @@ DEEPSPEED_PASSED = (
 class DeepSpeedConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 2
     """What ZeRO shards: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Where AdamW's state and step are: on the device (none), in host memory (ZeRO 1 to 3), on a local disk (ZeRO 3)."""
+    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
+    """Where ZeRO 3 keeps the student's weights while their layer is not at work; frozen ones too."""
+    nvme_path: str | None = None
+    """For `nvme`: a folder on a local disk of every node. Each worker makes its own in it, and takes it away."""
     extra: dict[str, Any] = {}
     """Any other DeepSpeed setting, passed through; keys that neo_ray sets itself are refused."""
 
@@ -213,6 +219,10 @@ class DeepSpeedConfig(Section):
         zero = extra.get("zero_optimization") or {}
         if not isinstance(zero, dict) or "stage" in zero:
             raise ValueError("`zero_optimization` must be a mapping, without `stage`: use `deepspeed.zero_stage`")
+        for key, ours in (("offload_optimizer", "offload_optimizer"), ("offload_param", "offload_parameters")):
+            options = zero.get(key) or {}
+            if not isinstance(options, dict) or {"device", "nvme_path"} & options.keys():
+                raise ValueError(f"`{key}` must be a mapping, without `device` and `nvme_path`: use `deepspeed.{ours}`")
         return extra
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from neo_ray import refusals
 from neo_ray.axes import SpaceAxis, as_leaf, check_axis, leaf_value, number_type, short_name, show
 from neo_ray.config import SweepConfig
 from neo_ray.loading import plain
@@ -126,6 +127,14 @@ class Space:
                 count *= axis.num_options if self.active(axis, params) else 1
             total += count
         return total
+
+    def combinations(self, names: tuple[str, ...]) -> list[dict[str, Any]]:
+        """Every way in which trials can have these leaves: the settings of their axes, and of those that these depend on."""
+        wanted: set[str] = set(names)
+        for axis in reversed(self.axes.values()):
+            if axis.leaf in wanted or axis.name in wanted:
+                wanted |= {axis.name, *(other.name for name in axis.depends_on for other in self.setters(name))}
+        return list(self._settings([axis for axis in self.axes.values() if axis.name in wanted]))
 
     def reach(self, name: str) -> list[Any]:
         """What a leaf or an axis can be: all its values, or the ends of a long range. Ignores which go together."""
@@ -332,6 +341,8 @@ def _check_sweep(config: SweepConfig, space: Space) -> None:
         raise ConfigError("sampler.seeds: `seed` is an axis already; give one of the two")
     if len(set(config.sampler.seeds)) < len(config.sampler.seeds):
         raise ConfigError(f"sampler.seeds: a seed stands twice (got {list(config.sampler.seeds)})")
+    for params in space.combinations(refusals.DECIDING):
+        refusals.check(config, space.trial_config(params, config.trial))
     taught = [m for m in space.reach("method") if m in ("kd", "neo")]
     if taught and config.teacher is None:
         where = "search.method" if space.setters("method") else "method"

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from neo_ray import adapters, checkpoints, devices, models
+from neo_ray import adapters, checkpoints, devices, models, placement
 from neo_ray.batches import StepPlan, accumulation_steps, learning_rate, plan_steps
 from neo_ray.data import Batch, Split, collate
 from neo_ray.evaluate import evaluate
@@ -195,12 +195,13 @@ def build_engine(student: Student, parameters: dict[str, nn.Parameter], trial: T
     import deepspeed
 
     torch.nn.functional.linear = LINEAR  # a trial that failed has left ZeRO-3's
-    training = trial.training
+    training, swap = trial.training, placement.swap_folder(trial.deepspeed)
     optimizer = torch.optim.AdamW(
         adapters.parameter_groups(parameters, trial.lora.plus_ratio),
         lr=training.learning_rate,
         betas=(training.beta1, training.beta2),
         weight_decay=training.weight_decay,
+        fused=True if trial.deepspeed.offload_optimizer != "none" else None,  # on a CPU as quick as DeepSpeed's own
     )
     extra, micro = trial.deepspeed.extra, training.micro_batch(world_size)
     config = {
@@ -212,11 +213,17 @@ def build_engine(student: Student, parameters: dict[str, nn.Parameter], trial: T
             # DeepSpeed allocates this bucket whole in every backward pass: 2 GB by its default, for adapters of a few MB
             "reduce_bucket_size": reduce_bucket_elements(sum(p.numel() for p in parameters.values())),
             **(extra.get("zero_optimization") or {}),
+            **placement.offload_sections(trial.deepspeed, student, swap.name if swap else None),
             "stage": trial.deepspeed.zero_stage,
         },
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
-    return deepspeed.initialize(model=student, optimizer=optimizer, model_parameters=list(parameters.values()), config=config)[0]
+    engine = deepspeed.initialize(model=student, optimizer=optimizer, model_parameters=list(parameters.values()), config=config)[
+        0
+    ]
+    engine.swap_folder = swap
+    return engine
 
 
 def optimizer_step(

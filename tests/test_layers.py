@@ -16,10 +16,12 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "neo_ray"
 
 ROOMS = {
-    "facts": "__init__ assets config settings loading mistakes axes space trials records memory cautions plan environment",
+    "facts": (
+        "__init__ assets config settings loading mistakes axes space trials records memory cautions refusals plan environment"
+    ),
     "training": (
-        "adapters answers batches checkpoints chunked data devices evaluate local losses merging models parts prepare "
-        "pruning "
+        "adapters answers batches checkpoints chunked data devices evaluate local losses merging models parts placement "
+        "prepare pruning "
         "quickstart sources train"
     ),
     "analysis": "card statistics effects evidence guidelines report",

@@ -1,0 +1,33 @@
+"""Which settings do not go together? Refused before anything starts, by their paths in the file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from neo_ray.config import SweepConfig
+from neo_ray.settings import ConfigError, TrialConfig
+
+DECIDING = ("zero_stage", "offload_optimizer", "offload_parameters", "nvme_path")
+"""The leaves that the checks read: every combination of them that a sweep can have is looked at."""
+
+
+def check(config: SweepConfig, trial: TrialConfig) -> None:
+    """Raises ConfigError for the first thing in a trial of this sweep that cannot be."""
+    for message in _offload(config, trial):
+        raise ConfigError(message)
+
+
+def _offload(config: SweepConfig, trial: TrialConfig) -> Iterator[str]:
+    deepspeed, stage = trial.deepspeed, trial.deepspeed.zero_stage
+    given = {"offload_optimizer": deepspeed.offload_optimizer, "offload_parameters": deepspeed.offload_parameters}
+    for key, place in given.items():
+        where, lowest = f"deepspeed.{key}: {place}", 3 if key == "offload_parameters" or place == "nvme" else 1
+        if place != "none" and stage < lowest:
+            allowed = "3" if lowest == 3 else "1, 2 or 3"
+            yield f"{where} needs deepspeed.zero_stage {allowed} (got {stage}); without it: deepspeed.{key}: none"
+        if place == "nvme" and not deepspeed.nvme_path:
+            yield f"{where} needs deepspeed.nvme_path: a folder on a local disk of every node"
+        if place == "nvme" and not config.resources.gpus_per_worker:
+            yield f"{where} needs workers with a GPU (resources.gpus_per_worker is 0); on CPUs: none or cpu"
+    if deepspeed.nvme_path and "nvme" not in given.values():
+        yield "deepspeed.nvme_path: nothing is offloaded there; give deepspeed.offload_optimizer or offload_parameters: nvme"
