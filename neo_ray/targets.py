@@ -1,0 +1,243 @@
+"""What does the teacher say of each scored token, and where is that kept? A store of shards, read by the example.
+
+A store belongs to one teacher and one tokenised data set; the folder's name is a hash of everything that changes a number in it.
+Rows stand in the order of a split's examples, and within one in the order of its scored positions, so that a batch's rows are
+those of its examples, end to end, whatever the order, the padding or the packing of the batch.
+
+Shapes: R rows of a shard, N rows of a batch, H the student's hidden width, G the teacher's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from neo_ray import models
+from neo_ray.chunked import chunk_rows, projection
+from neo_ray.data import Split, TokenData, collate
+from neo_ray.losses import scored
+from neo_ray.settings import ConfigError
+
+FORMAT_VERSION = 1
+"""Raise it with any change that gives other numbers or other files."""
+SHARD_BYTES = 2**26
+BATCH_TOKENS = 4096
+"""Of the teacher's forward pass, padding included; at least one example."""
+Mode = Literal["projection", "hidden"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that determines a store's numbers."""
+
+    mode: Mode
+    data: str
+    """Fingerprint of the tokenised data."""
+    teacher: str
+    """Identity of the teacher's weights."""
+    dtype: str
+    """The teacher computes in it."""
+    vocabulary: int
+    temperature: float = 1.0
+    """Of the training split's projections; held-out splits are scored at 1. A hidden state has none."""
+    head: str | None = None
+    """Identity of the student's weights, whose head projections go through."""
+    version: int = FORMAT_VERSION
+
+    @property
+    def key(self) -> str:
+        return hashlib.blake2b(json.dumps(asdict(self), sort_keys=True).encode(), digest_size=16).hexdigest()
+
+    def temperature_of(self, split: str) -> float:
+        return self.temperature if split == "train" else 1.0
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The examples first … last − 1 of a split."""
+
+    split: str
+    number: int
+    first: int
+    last: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.split}-{self.number:05d}"
+
+
+def row_bytes(mode: Mode, student_width: int, teacher_width: int) -> int:
+    """Bytes of one scored position in the store."""
+    return 2 * student_width + 4 if mode == "projection" else 2 * teacher_width
+
+
+def shards(data: TokenData, bytes_of_row: int) -> list[Shard]:
+    """How a store is cut: whole examples, in order, about `SHARD_BYTES` each."""
+    found = []
+    for name, split in data.splits.items():
+        ends = np.cumsum(split.num_labels)
+        first = number = 0
+        while first < len(split):
+            begun = ends[first - 1] if first else 0
+            last = max(first + 1, int(np.searchsorted(ends, begun + SHARD_BYTES // bytes_of_row, side="right")))
+            found.append(Shard(name, number, first, last))
+            first, number = last, number + 1
+    return found
+
+
+class Teacher:
+    """A teacher that fills shards: its weights, and the student's head for projections."""
+
+    def __init__(self, recipe: Recipe, model: Any, data: TokenData, pad_id: int, student_head: models.Head | None = None) -> None:
+        self.recipe, self.model, self.data, self.pad_id = recipe, model, data, pad_id
+        self.head = models.output_head(model)
+        if student_head is not None:  # in fp32: a product rounded to bf16 would be eight times the error of a row in fp16
+            bias_V = student_head.bias_V.float() if student_head.bias_V is not None else None
+            student_head = models.Head(student_head.weight_VH.float(), bias_V, student_head.soft_cap, student_head.logit_scale)
+        self.student_head = student_head
+        self.tokens_seen = 0
+
+    @torch.no_grad()
+    def fill(self, shard: Shard) -> dict[str, Tensor]:
+        """The rows of a shard: `c_RH` and `constant_R`, or `hidden_RG`.
+
+        Raises:
+            ConfigError: a row is beyond fp16.
+        """
+        split = self.data.split(shard.split)
+        rows: dict[int, list[Tensor]] = {}
+        for indices in _batches(split, shard):
+            batch = collate(split.examples(indices), self.pad_id, self.model.device)
+            states_BLG = models.last_hidden(self.model, batch.input_ids_BL, batch.attention_mask_BL)
+            self.tokens_seen += int(split.num_tokens[indices].sum())
+            states_NG = scored(states_BLG, batch.labels_BL, states_BLG.shape[-1])
+            made = self._rows(states_NG, self.recipe.temperature_of(shard.split))
+            counts = split.num_labels[indices].tolist()
+            for index, *parts in zip(indices.tolist(), *(tensor.split(counts) for tensor in made), strict=True):
+                rows[index] = parts
+        names = ("c_RH", "constant_R") if self.recipe.mode == "projection" else ("hidden_RG",)
+        columns = zip(*(rows[index] for index in range(shard.first, shard.last)), strict=True)
+        tensors = {name: torch.cat(column).cpu().contiguous() for name, column in zip(names, columns, strict=True)}
+        if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+            raise ConfigError(f"targets.mode: {self.recipe.mode}: the teacher's values exceed fp16 in {shard.name}; live works")
+        return tensors
+
+    def _rows(self, states_NG: Tensor, temperature: float) -> tuple[Tensor, ...]:
+        if self.student_head is None:
+            return (states_NG.half(),)
+        vocabulary = self.recipe.vocabulary
+        made = [
+            projection(self.head.logits(states_CG, vocabulary), self.student_head, vocabulary, temperature)
+            for states_CG in states_NG.split(chunk_rows(vocabulary, states_NG.device))
+        ]
+        c_NH, constant_N = (torch.cat(column) for column in zip(*made, strict=True))
+        return c_NH.half(), constant_N
+
+
+def _batches(split: Split, shard: Shard) -> Iterator[np.ndarray]:
+    """Examples of a shard by length, so that little is padded, as many as `BATCH_TOKENS` hold."""
+    order = shard.first + np.argsort(-split.num_tokens[shard.first : shard.last], kind="stable")
+    start = 0
+    while start < len(order):
+        count = max(1, BATCH_TOKENS // int(split.num_tokens[order[start]]))
+        yield order[start : start + count]
+        start += count
+
+
+def write_shard(folder: Path, shard: Shard, tensors: dict[str, Tensor]) -> None:
+    """Whole or not at all: first the rows, then a record with their checksum, each under a name of its own until it is whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f".part-{uuid.uuid4().hex[:8]}"
+    try:
+        save_file(tensors, part)
+        record = {"bytes": part.stat().st_size, "blake2b": _checksum(part), "rows": len(next(iter(tensors.values())))}
+        _sync(part)
+        os.replace(part, folder / f"{shard.name}.safetensors")
+        part.write_text(json.dumps(record))
+        _sync(part)
+        os.replace(part, folder / f"{shard.name}.json")
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def is_whole(folder: Path, shard: Shard, rows: int, read: bool = True) -> bool:
+    """Is the shard on disk as it was written? `read`: by its checksum, else by its size alone."""
+    path = folder / f"{shard.name}.safetensors"
+    try:
+        record = json.loads((folder / f"{shard.name}.json").read_text())
+        same = record["rows"] == rows and record["bytes"] == path.stat().st_size
+        return same and (not read or record["blake2b"] == _checksum(path))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def missing(folder: Path, data: TokenData, wanted: Iterable[Shard]) -> list[Shard]:
+    """Shards that are not there, or not as they were written."""
+    return [shard for shard in wanted if not is_whole(folder, shard, _num_rows(data.split(shard.split), shard))]
+
+
+@dataclass
+class Store:
+    """A whole store, read by a worker. A shard's checksum is looked at before its first row is given out."""
+
+    folder: Path
+    recipe: Recipe
+    data: TokenData
+    cut: list[Shard]
+    opened: dict[str, Any] = field(default_factory=dict)
+
+    def rows(self, split_name: str, indices: Sequence[int] | np.ndarray, device: torch.device) -> tuple[Tensor, ...]:
+        """(c_NH fp16, constant_N fp32) or (hidden_NG fp16,) of the scored positions of examples, in their order.
+
+        Raises:
+            RuntimeError: a shard is not what was written.
+        """
+        split = self.data.split(split_name)
+        own = [shard for shard in self.cut if shard.split == split_name]
+        firsts, ends = [shard.first for shard in own], np.concatenate([[0], np.cumsum(split.num_labels)])
+        found = []
+        for index in indices:
+            shard = own[int(np.searchsorted(firsts, index, side="right")) - 1]
+            begun = ends[shard.first]
+            where = slice(int(ends[index] - begun), int(ends[index + 1] - begun))
+            file = self._open(shard, split)
+            found.append([file.get_slice(name)[where] for name in self._names()])
+        return tuple(torch.cat(column).to(device) for column in zip(*found, strict=True))
+
+    def _names(self) -> tuple[str, ...]:
+        return ("c_RH", "constant_R") if self.recipe.mode == "projection" else ("hidden_RG",)
+
+    def _open(self, shard: Shard, split: Split) -> Any:
+        if shard.name not in self.opened:
+            if not is_whole(self.folder, shard, _num_rows(split, shard)):
+                raise RuntimeError(
+                    f"targets: {self.folder / shard.name}.safetensors is not what was written; run the sweep again"
+                )
+            self.opened[shard.name] = safe_open(self.folder / f"{shard.name}.safetensors", framework="pt")
+        return self.opened[shard.name]
+
+
+def _num_rows(split: Split, shard: Shard) -> int:
+    return int(split.num_labels[shard.first : shard.last].sum())
+
+
+def _checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
