@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from neo_ray.assets import is_quickstart
+from neo_ray.axes import show
 from neo_ray.config import SweepConfig
+from neo_ray.settings import trial_leaves
 from neo_ray.space import Space
+from neo_ray.trials import chosen_settings, overruling
 
 USED_BY = {
     "lora": ("lora", "neo"),
@@ -19,10 +22,26 @@ PARAMETER_OF = {"jsd_beta": ("jsd",), "skew": ("skew_kl", "skew_reverse_kl"), "h
 """Parameter of a divergence → the divergences that read it."""
 
 
-def cautions(config: SweepConfig, space: Space) -> list[str]:
-    """Everything about a sweep that a person would want to hear before it starts."""
+def cautions(config: SweepConfig, space: Space, overrides: Sequence[str] = ()) -> list[str]:
+    """Everything about a sweep to hear before it starts. `overrides`: `key=value` of the command line."""
     checks = (_unused_axes, _unused_sections, _divergence, _impossible_axes, _sampler, _scheduler, _training, _data, _cluster)
-    return [line for check in checks for line in check(config, space)]
+    pairs = [[part.strip() for part in override.split("=", 1)] for override in overrides]
+    given = {key for key, value in pairs if value not in ("", "~", "null")}
+    return [*_overruled(config, space, given), *(line for check in checks for line in check(config, space))]
+
+
+def _overruled(config: SweepConfig, space: Space, given: set[str]) -> Iterator[str]:
+    """Values that somebody chose, and that an axis takes the place of."""
+    chosen = given | set(chosen_settings(config))
+    for leaf, path in trial_leaves().items():
+        axes, value = overruling(space, leaf), space.base[leaf]
+        if path not in chosen or value is None or not axes:
+            continue
+        names = ", ".join(f"search.{axis.key}" for axis in axes)
+        if all(axis.when for axis in axes):
+            yield f"{path}: {show(value)} counts only in trials where {names} {'is' if len(axes) == 1 else 'are'} not active"
+        else:
+            yield f"{path}: {show(value)} is overruled by {names}; `{names.split(', ')[0]}=null` takes the axis away"
 
 
 def _unused_axes(config: SweepConfig, space: Space) -> Iterator[str]:

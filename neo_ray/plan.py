@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,7 +15,7 @@ from neo_ray.config import SweepConfig
 from neo_ray.memory import ModelShape, adapter_parameters, cached_snapshot, memory_per_worker, model_shapes
 from neo_ray.settings import TrialConfig
 from neo_ray.space import LENGTHS, Space, build_space
-from neo_ray.trials import trials_planned
+from neo_ray.trials import fixed_settings, trials_planned
 
 BYTES_PER_TOKEN = 4  # of English text under a vocabulary of 32,000 or more
 HUB_BYTES_PER_PARAMETER = 2  # published weights are bf16 or fp16 as a rule
@@ -54,7 +55,7 @@ class Plan:
         return sum(self.memory_bytes.values())
 
 
-def make_plan(config: SweepConfig, prepared: TrainSplit | None = None) -> Plan:
+def make_plan(config: SweepConfig, prepared: TrainSplit | None = None, overrides: Sequence[str] = ()) -> Plan:
     """The plan of a sweep. Raises ConfigError where its space is not sound."""
     space = build_space(config)
     teacher, student = model_shapes(config)
@@ -73,7 +74,7 @@ def make_plan(config: SweepConfig, prepared: TrainSplit | None = None) -> Plan:
         concurrency=_concurrency(config),
         writes=tuple(_writes(config)),
         downloads=tuple(_downloads(config, teacher, student)),
-        warnings=(*cautions(config, space), *_not_fitting(config, memory)),
+        warnings=(*cautions(config, space, overrides), *_not_fitting(config, memory)),
     )
 
 
@@ -276,6 +277,7 @@ def render(plan: Plan) -> str:
         ("student", [_student(plan)]),
         ("data", [_data(config)]),
         ("method", [_method(plan)]),
+        ("fixed", fixed_settings(config, plan.space) or ["all other settings have their defaults"]),
         ("space", plan.space.describe() or ["one setting"]),
         ("trials", [f"{plan.num_trials}, {_sampler(plan)}"]),
         ("scheduler", [_scheduler(plan)]),

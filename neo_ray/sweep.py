@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = loading.load(asked.file, asked.overrides)
         if asked.dry_run:
-            print(render(make_plan(config)))
+            print(render(make_plan(config, overrides=asked.overrides)))
             for check in (lambda _: _check_same_sweep(config, asked.fresh), _check_accelerator, *local.CHECKS):
                 try:
                     check(config)

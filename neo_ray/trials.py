@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from neo_ray.axes import show
+from neo_ray.axes import SpaceAxis, show
 from neo_ray.config import SweepConfig
 from neo_ray.loading import plain
 from neo_ray.records import REOPENED, TrialRecord
-from neo_ray.space import Space, build_space
+from neo_ray.settings import TrialConfig
+from neo_ray.space import LENGTHS, Space, build_space
 
 DEFAULT_TRIALS = 16
 IDENTITY = (
@@ -72,6 +73,28 @@ def trial_id(number: int) -> str:
 
 def _key(params: dict[str, Any], seed: int) -> str:
     return repr((sorted(params.items(), key=lambda item: item[0]), seed))
+
+
+def chosen_settings(config: SweepConfig) -> dict[str, Any]:
+    """Path → value of each setting of a trial that is not the default, whether or not an axis sets it, too."""
+    default = _flat(plain(TrialConfig()))
+    return {path: v for path, v in _flat(plain(config.trial)).items() if v is not None and v != default.get(path)}
+
+
+def overruling(space: Space, leaf: str) -> list[SpaceAxis]:
+    """The axes whose value takes the place of the file's, each where it is active. One length replaces every other."""
+    names = LENGTHS if leaf in LENGTHS else (leaf,)
+    return [axis for name in names for axis in space.setters(name) if space.possible(axis)]
+
+
+def fixed_settings(config: SweepConfig, space: Space) -> list[str]:
+    """What the file sets for all trials and is not the default, a line a section; `method` is told apart."""
+    lines: dict[str, list[str]] = {}
+    for path, value in chosen_settings(config).items():
+        section, _, name = path.partition(".")
+        if path != "method" and all(axis.when for axis in overruling(space, name or section)):
+            lines.setdefault(section if name else "", []).append(f"{name or section} {show(value)}")
+    return [f"{section}: {', '.join(texts)}" if section else ", ".join(texts) for section, texts in lines.items()]
 
 
 def identity(config: SweepConfig) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import pytest
 from tiny import World, make_llama
 
 from neo_ray.config import SweepConfig
-from neo_ray.loading import load, plain, validate
+from neo_ray.loading import dump, load, plain, validate
 from neo_ray.memory import activation_bytes, adapter_parameters, memory_per_worker, shape_of
 from neo_ray.plan import TrainSplit, make_plan, render, tokens_per_trial
 from neo_ray.settings import ConfigError, LoraConfig
@@ -292,6 +292,42 @@ def test_what_will_be_ignored_or_looks_wrong_is_said(sections: dict[str, Any], e
 def test_a_resolved_file_which_states_all_defaults_is_told_no_more(method: str) -> None:
     quiet = sweep(method=method, sampler={"name": "random"}, scheduler={"name": "none"}, search={"packing": True})
     assert make_plan(validate(plain(quiet))).warnings == make_plan(quiet).warnings
+
+
+@pytest.mark.parametrize(
+    ("override", "axis", "note"),
+    [
+        ("lora.rank=64", {"rank": {"choice": [2, 4]}}, "lora.rank: 64 is overruled by search.rank; `search.rank=null` takes"),
+        ("lora.rank=8", {"rank": 4}, "lora.rank: 8 is overruled by search.rank;"),
+        ("training.steps=9", {"length": {"sets": "tokens", "choice": [5]}}, "training.steps: 9 is overruled by search.length;"),
+        ("lora.rank=8", {"rank": {"choice": [2, 4], "when": {"variant": "dora"}}, "variant": {"choice": ["lora", "dora"]}}, ""),
+        ("lora.rank=8", {"rank": {"choice": [2, 4], "when": {"variant": "dora"}}}, None),
+        ("lora.alpha=8", {"rank": {"choice": [2, 4]}}, None),
+        ("training.steps=null", {"steps": {"choice": [2, 4]}}, None),
+    ],
+)
+def test_a_value_that_an_axis_takes_the_place_of_is_said(
+    tmp_path: Path, override: str, axis: dict[str, Any], note: str | None
+) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(dump(sweep(search=axis, training={"epochs": 1})))
+    overrides = ["training.epochs=null", override]
+    found = [line for line in make_plan(load(path, overrides), overrides=overrides).warnings if "search." in line]
+    if note is None:
+        assert not [line for line in found if "overruled" in line or "counts only" in line]
+    else:
+        (line,) = found
+        assert line.startswith(note or "lora.rank: 8 counts only in trials where search.rank is not active")
+
+
+def test_the_text_holds_the_settings_that_someone_fixed_and_no_others() -> None:
+    training, search = {"tokens": 10_000, "schedule": "linear", "batch_size": 8}, {"rank": {"choice": [2, 4]}, "beta1": 0.5}
+    text = render(make_plan(sweep(training=training, search=search, lora={"rank": 3, "target_modules": ["q_proj"]}, seed=5)))
+    block = text[text.index("  fixed ") : text.index("  space ")].split("\n")
+    texts = [line.removeprefix("  fixed").strip() for line in block if line]
+    assert texts == ["lora: target_modules [q_proj]", "training: tokens 10000, schedule linear", "seed 5"]
+    plain_text = render(make_plan(sweep(training={})))
+    assert "all other settings have their defaults" in plain_text
 
 
 def test_trials_that_do_not_fit_this_machine_together_are_said() -> None:
