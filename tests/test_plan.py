@@ -269,6 +269,7 @@ def test_tokens_span_the_lengths_and_batches_of_the_space() -> None:
         ({"method": "lora", "distill": {"kd_ratio": 0.9}}, "section `distill` is ignored"),
         ({"distill": {"kd_ratio": 0}}, "distill.kd_ratio is 0"),
         ({"search": {"rank": {"choice": [1, 2], "when": {"variant": "dora"}}}}, "search.rank is ignored: its `when` never holds"),
+        ({"lora": {"rank": 8}, "search": {"rank": {"choice": [1, 2]}}}, "lora.rank: 8 is overruled by search.rank"),
         ({"sampler": {"seeds": [1, 2]}}, "sampler.seeds is ignored"),
         ({"sampler": {"name": "random", "startup_trials": 3}}, "sampler.startup_trials is ignored"),
         ({"sampler": {"num_trials": 9}, "search": {"rank": {"choice": [1, 2]}}}, "the space holds 2 settings"),
