@@ -122,6 +122,7 @@ def _run_on_ray(
         with lease(config.folder) as lost:
             if fresh:
                 _set_aside(config.folder)
+            shutil.rmtree(config.folder / "ray", ignore_errors=True)  # an earlier driver's: the records are the truth
             _write_contract(config, identity)
             log_to(config.folder / "logs" / "driver.log")
             sources = make_student(config, sources, announce)

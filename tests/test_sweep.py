@@ -40,6 +40,7 @@ def test_a_sweep_runs_and_is_extended_and_leaves_its_contract(tiny_world: World,
     assert load(folder / "best.yaml").search == {}
     assert "Traceback" not in text and "Guidelines" in text
     first = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+    of_the_first_driver = {path.name for path in (folder / "ray").iterdir()}
 
     process = start(path, "sampler.num_trials=3")
     text = finish(process)
@@ -47,6 +48,8 @@ def test_a_sweep_runs_and_is_extended_and_leaves_its_contract(tiny_world: World,
     assert [r.id for r in load_records(folder)] == ["0000", "0001", "0002"]
     later = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
     assert later[: len(first)] == first, "finished trials are not run again"
+    of_the_second = {path.name for path in (folder / "ray").iterdir()}
+    assert of_the_first_driver and of_the_second and not of_the_first_driver & of_the_second
     study = optuna.load_study(study_name="tiny", storage=f"sqlite:///{folder / 'study.db'}")
     assert {t.user_attrs["trial"] for t in study.trials} == {"0000", "0001", "0002"}
     assert not (folder / "lease.json").exists()
