@@ -29,6 +29,7 @@ from neo_ray.memory import ModelShape, adapter_parameters, shape_from_config
 from neo_ray.parts import Parts, Sources, load_parts, shape_of
 from neo_ray.prepare import make_student, prepare
 from neo_ray.settings import ConfigError, DeepSpeedConfig, LoraConfig, TrainingConfig, TrialConfig
+from neo_ray.student import Student
 
 LORA = LoraConfig(rank=16, alpha=32)
 ADAM_MOMENTS_BYTES = 2 * 4
@@ -41,6 +42,8 @@ class StepArm:
     """What sets the arm's trial apart from the others'."""
     step: Callable[..., tuple[float, float, float]]
     """Called as the project's own step is; returns loss, CE and KD."""
+    has_whole_logits: bool = False
+    """Does the engine's forward pass end with the logits of all positions?"""
 
 
 def measure_steps(config: SweepConfig | None, batch: int, length: int, rounds: int, announce: Announce) -> Measured:
@@ -87,7 +90,8 @@ class Running:
     def __init__(self, arm: StepArm, trial: TrialConfig, parts: Parts, split: Split, plan: StepPlan) -> None:
         self.trial = TrialConfig.model_validate({**dict(trial), **arm.settings})
         self.parts = replace(parts, student=copy.deepcopy(parts.student))  # a model carries one adapter at a time
-        self.student = train.Student(adapters.attach(self.parts.student, self.trial), parts.device, parts.dtype)
+        self.student = Student(adapters.attach(self.parts.student, self.trial), parts.device, parts.dtype)
+        self.student.has_whole_logits = arm.has_whole_logits
         self.trained = adapters.trained_parameters(self.student.model)
         self.engine = train.build_engine(self.student, self.trained, self.trial, world_size=1)
         self._arm, self._split, self._plan = arm, split, plan
@@ -128,7 +132,7 @@ def reference_step(
 ARMS = {
     BASELINE: StepArm("LoRA-SFT, no teacher", {"method": "lora"}, train.optimizer_step),
     "neo": StepArm("Neo, live teacher", {"method": "neo"}, train.optimizer_step),
-    "reference": StepArm("Neo as the reference trainer steps", {"method": "neo"}, reference_step),
+    "reference": StepArm("Neo as the reference trainer steps", {"method": "neo"}, reference_step, has_whole_logits=True),
 }
 
 

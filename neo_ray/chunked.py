@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from neo_ray.losses import LossSums, neo_loss
-from neo_ray.models import Head
+from neo_ray.models import AnyHead, Head
 from neo_ray.settings import DistillConfig
 
 CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}
@@ -29,7 +29,7 @@ def chunk_rows(vocabulary: int, device: torch.device) -> int:
 
 def chunked_loss(
     states_NH: Tensor,
-    head: Head,
+    head: AnyHead,
     labels_N: Tensor,
     teacher: TeacherLogits | None,
     distill: DistillConfig,
@@ -51,8 +51,7 @@ def chunked_loss(
         logits_CV = head.logits(states_CH, vocabulary)
         return neo_loss(logits_CV, labels_N[where], teacher(where) if teacher else None, distill, label_smoothing)
 
-    trained = [tensor for tensor in (head.weight_VH, head.bias_V) if tensor is not None and tensor.requires_grad]
-    total, ce, kd = _InChunks.apply(states_NH, chunk_loss, rows, *trained)
+    total, ce, kd = _InChunks.apply(states_NH, chunk_loss, rows, *head.trained)
     return LossSums(total, ce, kd, labels_N.numel())
 
 

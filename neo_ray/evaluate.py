@@ -5,18 +5,30 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from neo_ray import models
-from neo_ray.data import Split, collate
+from neo_ray.data import Batch, Split, collate
 from neo_ray.losses import divergence_sum, next_labels, scored
 from neo_ray.parts import Parts, rank_and_world_size, sum_over_ranks
 from neo_ray.settings import DistillConfig, EvaluationConfig
 
-Forward = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
-"""input_ids_BL, attention_mask_BL (padded on the right) → logits_BLV"""
+
+@dataclass(frozen=True)
+class Predicted:
+    """A model's answer at the scored positions of a batch."""
+
+    logits: Callable[[slice], torch.Tensor]
+    """Rows → fp32 logits_CV over the real vocabulary."""
+    states_NH: torch.Tensor | None = None
+    """The hidden states that they come from, where the model gives them."""
+
+
+Predict = Callable[[Batch, int], Predicted]
+"""(batch, vocabulary) → what a model says of it; every rank calls it equally often."""
 
 CHUNK = 256  # positions whose [chunk, V] fp32 logits are held at once: 130 MB at V = 128k
 FORWARD_KL = DistillConfig(kd_ratio=1.0, temperature=1.0, divergence="forward_kl")
@@ -39,7 +51,7 @@ class Scores:
 
 
 @torch.no_grad()
-def evaluate(forward: Forward, parts: Parts, split_name: str, settings: EvaluationConfig) -> Scores:
+def evaluate(predict: Predict, parts: Parts, split_name: str, settings: EvaluationConfig) -> Scores:
     """Score the student on a split; batches are dealt out to the ranks and sums added up.
 
     The teacher sees a split once: its last hidden states at the scored positions are kept, the head is applied in chunks.
@@ -53,15 +65,24 @@ def evaluate(forward: Forward, parts: Parts, split_name: str, settings: Evaluati
         counts = number < len(batches)  # every rank runs equally many forwards: ZeRO-3 gathers in each of them
         number = number if counts else 0
         batch = collate(split.examples(batches[number]), parts.sources.pad_id, device=str(parts.device))
-        student_NV = scored(forward(batch.input_ids_BL, batch.attention_mask_BL), batch.labels_BL, parts.vocabulary)
+        predicted = predict(batch, parts.vocabulary)
         if counts:
             hidden_NH = _teacher_hidden(parts, (split_name, number), batch)
-            sums += _batch_sums(
-                student_NV, next_labels(batch.labels_BL), hidden_NH, parts, split.num_bytes[batches[number]].sum()
-            )
+            sums += _batch_sums(predicted, next_labels(batch.labels_BL), hidden_NH, parts, split.num_bytes[batches[number]].sum())
     ce, kl, tokens, num_bytes = sum_over_ranks(sums.to(parts.device)).tolist()
     bits = ce / math.log(2) / num_bytes if num_bytes else math.nan
     return Scores(ce / tokens, bits, kl / tokens if parts.teacher is not None else None, int(tokens))
+
+
+def whole_model(model: Any) -> Predict:
+    """A plain transformers or peft model, in its own dtype."""
+
+    def predict(batch: Batch, vocabulary: int) -> Predicted:
+        given = models.inputs(model, batch.input_ids_BL, batch.attention_mask_BL, batch.position_ids_BL)
+        logits_NV = scored(model(**given).logits, batch.labels_BL, vocabulary)
+        return Predicted(lambda rows: logits_NV[rows].float())
+
+    return predict
 
 
 def evaluation_batches(split: Split, settings: EvaluationConfig) -> list[np.ndarray]:
@@ -75,13 +96,13 @@ def evaluation_batches(split: Split, settings: EvaluationConfig) -> list[np.ndar
 
 
 def _batch_sums(
-    student_NV: torch.Tensor, labels_N: torch.Tensor, hidden_NH: torch.Tensor | None, parts: Parts, num_bytes: int
+    predicted: Predicted, labels_N: torch.Tensor, hidden_NH: torch.Tensor | None, parts: Parts, num_bytes: int
 ) -> torch.Tensor:
     ce = kl = 0.0
     head = models.output_head(parts.teacher) if hidden_NH is not None and parts.teacher is not None else None
     for start in range(0, len(labels_N), CHUNK):
         rows = slice(start, start + CHUNK)
-        logits_CV = student_NV[rows].float()
+        logits_CV = predicted.logits(rows)
         ce += torch.nn.functional.cross_entropy(logits_CV, labels_N[rows], reduction="sum").item()
         if head is not None and hidden_NH is not None:
             teacher_CV = head.logits(hidden_NH[rows].to(parts.device), parts.vocabulary)

@@ -14,7 +14,7 @@ from neo_ray.evaluate import evaluate
 from neo_ray.parts import Sources, load_parts
 from neo_ray.quickstart import without_progress_bars
 from neo_ray.settings import TrialConfig
-from neo_ray.train import Student
+from neo_ray.student import Student
 
 
 def merge(sources: Sources, adapter: Path, folder: Path, dtype: torch.dtype) -> None:
@@ -51,5 +51,5 @@ def rescore(folder: Path, sources: Sources, trial: TrialConfig) -> dict[str, flo
     student = Student(parts.student, parts.device, parts.dtype)
     scores: dict[str, float | None] = {}
     for split in ("select", "report"):
-        scores |= evaluate(student.logits, parts, split, trial.evaluation).named(split)
+        scores |= evaluate(student.predict, parts, split, trial.evaluation).named(split)
     return {name: value for name, value in scores.items() if value is not None}

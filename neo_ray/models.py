@@ -6,6 +6,7 @@ Shapes: B sequences, L tokens of a sequence, N tokens of a batch, H hidden width
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import inspect
@@ -186,11 +187,52 @@ class Head:
         """
         bias_V = None if self.bias_V is None else self.bias_V[:vocabulary]
         logits_NV = F.linear(hidden_NH.to(self.weight_VH.dtype), self.weight_VH[:vocabulary], bias_V).float()
-        if self.logit_scale != 1.0:
-            logits_NV = logits_NV * self.logit_scale
-        if self.soft_cap is not None:
-            logits_NV = self.soft_cap * torch.tanh(logits_NV / self.soft_cap)
-        return logits_NV
+        return _capped(logits_NV, self.logit_scale, self.soft_cap)
+
+    @property
+    def trained(self) -> list[Tensor]:
+        return [tensor for tensor in (self.weight_VH, self.bias_V) if tensor is not None and tensor.requires_grad]
+
+    @property
+    def is_frozen_linear(self) -> bool:
+        """Are its logits linear in the hidden state, with weights that stay?"""
+        return self.soft_cap is None and not self.trained
+
+    def copy(self) -> Head:
+        bias_V = None if self.bias_V is None else self.bias_V.detach().clone()
+        return dataclasses.replace(self, weight_VH=self.weight_VH.detach().clone(), bias_V=bias_V)
+
+
+@dataclass(frozen=True)
+class AdaptedHead:
+    """A head that an adapter has wrapped, or that peft trains as a copy: only its module knows its product."""
+
+    module: torch.nn.Module
+    soft_cap: float | None
+    logit_scale: float
+
+    def logits(self, hidden_NH: Tensor, vocabulary: int) -> Tensor:
+        """As `Head.logits`."""
+        return _capped(self.module(hidden_NH)[..., :vocabulary].float(), self.logit_scale, self.soft_cap)
+
+    @property
+    def trained(self) -> list[Tensor]:
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+
+AnyHead = Head | AdaptedHead
+
+
+def _capped(logits_NV: Tensor, scale: float, soft_cap: float | None) -> Tensor:
+    if scale != 1.0:
+        logits_NV = logits_NV * scale
+    return logits_NV if soft_cap is None else soft_cap * torch.tanh(logits_NV / soft_cap)
+
+
+def any_head(model: Any) -> AnyHead:
+    """The head of a model under training, whatever an adapter made of it."""
+    layer = model.get_output_embeddings()
+    return output_head(model) if _is_plain(layer) else AdaptedHead(layer, *_cap_and_scale(model))
 
 
 def output_head(model: Any) -> Head:
@@ -199,14 +241,23 @@ def output_head(model: Any) -> Head:
     Raises:
         ConfigError: it is no plain linear layer. An adapter on it would be left out without a word.
     """
-    layer, config = model.get_output_embeddings(), model.config.get_text_config()
-    if not isinstance(layer, torch.nn.Linear) or not layer.weight.is_floating_point():
+    layer = model.get_output_embeddings()
+    if not _is_plain(layer):
         raise ConfigError(
             f"lora.target_modules: the output head is a {type(layer).__name__}, and only a plain linear one can be distilled "
             "through (`all-linear` leaves the head alone)"
         )
+    return Head(layer.weight, layer.bias, *_cap_and_scale(model))
+
+
+def _is_plain(layer: Any) -> bool:
+    return isinstance(layer, torch.nn.Linear) and layer.weight.is_floating_point()
+
+
+def _cap_and_scale(model: Any) -> tuple[float | None, float]:
+    config = model.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    return Head(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None), scale)
+    return getattr(config, "final_logit_softcapping", None), scale
 
 
 def last_hidden(

@@ -20,11 +20,12 @@ from neo_ray import adapters, checkpoints, devices, models, placement
 from neo_ray.batches import StepPlan, accumulation_steps, learning_rate, plan_steps
 from neo_ray.data import Batch, Split, collate
 from neo_ray.evaluate import evaluate
-from neo_ray.losses import IGNORED, LossSums, neo_loss, next_labels, scored
+from neo_ray.losses import IGNORED, scored
 from neo_ray.memory import reduce_bucket_elements
 from neo_ray.parts import Parts, rank_and_world_size, sum_over_ranks
 from neo_ray.records import Stop
 from neo_ray.settings import TrialConfig
+from neo_ray.student import Student, Taught
 
 LINEAR = torch.nn.functional.linear
 """PyTorch's own. ZeRO-3 puts another in its place for good, which keeps more for the backward pass of any later trial."""
@@ -72,7 +73,7 @@ def train(
     baseline = _baseline(parts, trial)
     split = parts.data.split("train")
     plan = plan_steps(split.num_tokens, split.num_labels, trial.training, trial.evaluation.points, trial.seed)
-    student = Student(adapters.attach(parts.student, trial), parts.device, parts.dtype)
+    student = Student(adapters.attach(parts.student, trial), parts.device, parts.dtype, trial.deepspeed.zero_stage)
     parameters = adapters.trained_parameters(student.model)
     if trial.training.gradient_checkpointing:
         cast(Any, student.model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -129,7 +130,7 @@ def train(
             where = f"step {step} of {plan.num_steps} (learning rate {rate:.3g})"
             outcome = Outcome("FAILED", "diverged", f"loss is {total} at {where}")
         elif due is not None:
-            scores = evaluate(student.logits, parts, "select", trial.evaluation).named("select")
+            scores = evaluate(student.predict, parts, "select", trial.evaluation).named("select")
             student.train()
             means = (window[:3] / window[3]).tolist()
             window.zero_()
@@ -151,7 +152,7 @@ def train(
                 keep(checkpoint_folder)
 
     if outcome is None:
-        metrics = evaluate(student.logits, parts, "report", trial.evaluation).named("report")
+        metrics = evaluate(student.predict, parts, "report", trial.evaluation).named("report")
         weights = checkpoints.gather(engine, parameters)
         if rank == 0 and folder is not None and trial.has_adapter:
             adapters.save_adapter(student.model, weights, folder / "adapter")
@@ -164,29 +165,6 @@ def train(
     adapters.detach(student.model)
     devices.free_memory(parts.device)
     return Outcome(outcome.state, outcome.cause, outcome.error, outcome.metrics, details, final)
-
-
-class Student(nn.Module):
-    """The model under training as the engine sees it: logits in the compute dtype, trained weights in fp32."""
-
-    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.model, self.device, self.dtype = model, device, dtype
-
-    def forward(
-        self,
-        input_ids_BL: torch.Tensor,
-        attention_mask_BL: torch.Tensor | None,
-        position_ids_BL: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        with devices.autocast(self.device, self.dtype):
-            return self.model(**models.inputs(self.model, input_ids_BL, attention_mask_BL, position_ids_BL)).logits
-
-    def logits(self, input_ids_BL: torch.Tensor, attention_mask_BL: torch.Tensor | None) -> torch.Tensor:
-        """For evaluation: dropout off, no gradient."""
-        self.eval()
-        with torch.no_grad():
-            return self(input_ids_BL, attention_mask_BL)
 
 
 def build_engine(student: Student, parameters: dict[str, nn.Parameter], trial: TrialConfig, world_size: int) -> Any:
@@ -241,12 +219,9 @@ def optimizer_step(
         examples = split.examples(indices if not empty else plan.order[:1])
         batch = collate(examples, parts.sources.pad_id, parts.device, training.padding_side, training.packing)
         labels_BL = torch.full_like(batch.labels_BL, IGNORED) if empty else batch.labels_BL
-        logits_BLV = engine(batch.input_ids_BL, batch.attention_mask_BL, batch.position_ids_BL)
-        student_NV = scored(logits_BLV, labels_BL, parts.vocabulary)
-        teacher_NV = None
-        if _is_taught(trial):
-            teacher_NV = _teacher_logits(parts, batch, labels_BL)
-        loss: LossSums = neo_loss(student_NV, next_labels(labels_BL), teacher_NV, trial.distill, training.label_smoothing)
+        output = engine(batch.input_ids_BL, batch.attention_mask_BL, batch.position_ids_BL)
+        taught = _taught(parts, batch, labels_BL) if _is_taught(trial) else Taught()
+        loss = engine.module.loss(output, labels_BL, taught, trial, parts.vocabulary)
         # DeepSpeed averages over ranks: undo that. The denominator counts every micro-batch of every rank.
         engine.backward(loss.total * (world_size / max(1, int(plan.labels[step]))), scale_wrt_gas=False)
         sums += torch.stack([loss.total.detach(), loss.ce, loss.kd]).double()
@@ -261,10 +236,12 @@ def _is_taught(trial: TrialConfig) -> bool:
 
 
 @torch.no_grad()
-def _teacher_logits(parts: Parts, batch: Batch, labels_BL: torch.Tensor) -> torch.Tensor:
+def _taught(parts: Parts, batch: Batch, labels_BL: torch.Tensor) -> Taught:
+    """The live teacher's word, through its head where it is asked for."""
     assert parts.teacher is not None
-    given = models.inputs(parts.teacher, batch.input_ids_BL, batch.attention_mask_BL, batch.position_ids_BL)
-    return scored(parts.teacher(**given).logits, labels_BL, parts.vocabulary)
+    states_BLG = models.last_hidden(parts.teacher, batch.input_ids_BL, batch.attention_mask_BL, batch.position_ids_BL)
+    states_NG, head = scored(states_BLG, labels_BL, states_BLG.shape[-1]), models.output_head(parts.teacher)
+    return Taught(logits=lambda rows: head.logits(states_NG[rows], parts.vocabulary))
 
 
 def _check_packing(parts: Parts, trial: TrialConfig) -> None:
@@ -280,7 +257,7 @@ def _baseline(parts: Parts, trial: TrialConfig) -> dict[str, float | None]:
     key = ("baseline", trial.evaluation)
     if key not in parts.measured:
         student = Student(parts.student, parts.device, parts.dtype)
-        parts.measured[key] = evaluate(student.logits, parts, "select", trial.evaluation).named("select")
+        parts.measured[key] = evaluate(student.predict, parts, "select", trial.evaluation).named("select")
     return parts.measured[key]
 
 

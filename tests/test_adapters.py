@@ -23,7 +23,7 @@ from tiny import World, make_llama
 
 from neo_ray import adapters, devices, models
 from neo_ray.bench_step import process_group
-from neo_ray.evaluate import evaluate
+from neo_ray.evaluate import evaluate, whole_model
 from neo_ray.memory import adapter_parameters, shape_of
 from neo_ray.mistakes import explain
 from neo_ray.parts import Parts, Sources, load_parts
@@ -120,8 +120,7 @@ def test_every_adapter_loads_in_plain_peft_on_the_original_base(finished: Finish
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(untouched, before, strict=True))
     parts = load_parts(sources, a_trial(), CPU)
     for model in (loaded, loaded.merge_and_unload()):
-        logits_of = lambda ids, mask, model=model: model(input_ids=ids, attention_mask=mask).logits  # noqa: E731
-        scores = evaluate(logits_of, parts, "report", FEW)
+        scores = evaluate(whole_model(model), parts, "report", FEW)
         assert scores.ce == pytest.approx(finished.outcome.metrics["report_ce"], abs=1e-4)
 
 

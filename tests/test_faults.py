@@ -50,14 +50,14 @@ def inject(parts):
 """
 SMALL_MEMORY = """
 def inject(train):
-    scored = train.scored
+    loss = train.Student.loss
 
-    def small(logits_BLV, labels_BL, vocabulary):
-        if logits_BLV.requires_grad and len(logits_BLV) > 2:
+    def small(student, output_BLH, *rest):
+        if len(output_BLH) > 2:
             raise sys.modules["torch"].OutOfMemoryError("more than two sequences at a time")
-        return scored(logits_BLV, labels_BL, vocabulary)
+        return loss(student, output_BLH, *rest)
 
-    train.scored = small
+    train.Student.loss = small
 """
 BROKEN = """
 def inject(train):

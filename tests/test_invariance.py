@@ -23,11 +23,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from tiny import VOCABULARY, make_llama
 
-from neo_ray import adapters, train
+from neo_ray import adapters, chunked, train
 from neo_ray.batches import plan_steps
 from neo_ray.data import Split, TokenData
+from neo_ray.losses import LossSums
 from neo_ray.parts import Parts, Sources, sum_over_ranks
 from neo_ray.settings import DeepSpeedConfig, DistillConfig, LoraConfig, TrainingConfig, TrialConfig
+from neo_ray.student import Student, Taught
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-4
@@ -49,12 +51,14 @@ class Case:
     """kd_ratio and temperature."""
     stage: int = 0
     method: str = "neo"
+    rows: int = 10**6
+    """Positions of a chunk of the loss."""
     workers: int = 1
 
     def __str__(self) -> str:
         kd_ratio, temperature = self.objective
         parts = (f"micro{self.micro_batches}", self.layout, self.padded, f"kd{kd_ratio:g}", f"T{temperature:g}")
-        return "-".join((*parts, f"zero{self.stage}", self.method))
+        return "-".join((*parts, f"zero{self.stage}", self.method, f"rows{self.rows}"))
 
     def trial(self) -> TrialConfig:
         training = TrainingConfig(
@@ -93,7 +97,7 @@ WAYS = {
     "padded": ["none", "teacher", "student"],
     "objective": [(0.0, 1.0), (0.5, 1.0), (0.5, 2.0), (1.0, 1.0), (1.0, 2.0)],
 }
-ENGINES = {"stage": [0, 1, 2, 3], "method": ["neo", "kd"]}
+ENGINES = {"stage": [0, 1, 2, 3], "method": ["neo", "kd"], "rows": [10**6, 7, 1]}
 
 
 def all_of(ways: dict[str, list[Any]]) -> list[dict[str, Any]]:
@@ -225,7 +229,7 @@ class Steps:
         data = TokenData(Path(), "made", {}, {"train": self.split})
         parts = Parts(sources, (), engine.module.model, teacher, data, CPU, torch.float32)
         plan = plan_steps(self.split.num_tokens, self.split.num_labels, trial.training, 1, 0)
-        with gradient_of(engine, trained) as gradient, counting() as counts:
+        with gradient_of(engine, trained) as gradient, counting() as counts, chunks_of(case.rows):
             sums = train.optimizer_step(engine, trial, parts, self.split, plan, step=0, rate=0.0)
         everywhere = sum_over_ranks(torch.tensor([*sums, *counts], dtype=torch.float64)).tolist()
         return Found(gradient, tuple(everywhere[:3]), {round(count) for count in everywhere[3:]})
@@ -233,7 +237,7 @@ class Steps:
     def _engine(self, case: Case, trial: TrialConfig) -> tuple[Any, dict[str, Any]]:
         key = (case.micro_batches, case.padded == "student", case.stage, case.method)
         if key not in self.engines:
-            student = train.Student(make_student(case.padded, case.method), CPU, torch.float32).train()
+            student = Student(make_student(case.padded, case.method), CPU, torch.float32, case.stage).train()
             trained = adapters.trained_parameters(student.model)
             self.engines[key] = train.build_engine(student, trained, trial, case.workers), trained
         return self.engines[key]
@@ -261,20 +265,37 @@ def gradient_of(engine: Any, trained: dict[str, Any]) -> Iterator[dict[str, torc
 
 
 @contextmanager
+def chunks_of(rows: int) -> Iterator[None]:
+    before = chunked.CHUNK_BYTES["cpu"]
+    chunked.CHUNK_BYTES["cpu"] = rows * 4 * VOCABULARY
+    try:
+        yield
+    finally:
+        chunked.CHUNK_BYTES["cpu"] = before
+
+
+@contextmanager
 def counting() -> Iterator[list[int]]:
-    """Rows that the cross-entropy and the divergence are given, over the micro-batches of a step."""
-    counts, neo_loss = [0, 0], train.neo_loss
+    """Positions that the cross-entropy scored and that the teacher was asked for, over the micro-batches of a step."""
+    counts, loss = [0, 0], Student.loss
 
-    def counted(student_NV: Any, labels_N: Any, teacher_NV: Any, *settings: Any) -> Any:
-        counts[0] += len(labels_N)
-        counts[1] += len(teacher_NV if teacher_NV is not None else student_NV)
-        return neo_loss(student_NV, labels_N, teacher_NV, *settings)
+    def counted(student: Student, output: Any, labels_BL: Any, taught: Taught, *settings: Any) -> LossSums:
+        def logits(rows: slice) -> torch.Tensor:
+            assert taught.logits is not None
+            teacher_CV = taught.logits(rows)
+            counts[1] += len(teacher_CV)
+            return teacher_CV
 
-    train.neo_loss = counted
+        found = loss(student, output, labels_BL, Taught(logits) if taught.logits else taught, *settings)
+        counts[0] += found.count
+        counts[1] += 0 if taught.logits else found.count
+        return found
+
+    Student.loss = counted  # type: ignore[method-assign,assignment]
     try:
         yield counts
     finally:
-        train.neo_loss = neo_loss
+        Student.loss = loss  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -22,7 +22,7 @@ ROOMS = {
     "training": (
         "adapters answers batches checkpoints chunked data devices evaluate local losses merging models parts placement "
         "prepare pruning "
-        "quickstart sources targets train"
+        "quickstart sources student targets train"
     ),
     "analysis": "card statistics effects evidence guidelines report",
     "ray": "board cluster lease progress searcher slot tuner",
