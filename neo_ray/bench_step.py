@@ -26,7 +26,7 @@ from neo_ray.config import SweepConfig
 from neo_ray.data import Split, TokenData, collate
 from neo_ray.losses import IGNORED
 from neo_ray.memory import ModelShape, adapter_parameters, shape_from_config
-from neo_ray.parts import Parts, Sources, load_parts, shape_of
+from neo_ray.parts import ModelSource, Parts, Sources, load_parts, shape_of
 from neo_ray.prepare import make_student, prepare
 from neo_ray.settings import ConfigError, DeepSpeedConfig, LoraConfig, TrainingConfig, TrialConfig
 from neo_ray.student import Student
@@ -178,7 +178,7 @@ def tiny_parts(trial: TrialConfig, device: torch.device, length: int) -> Parts:
 
     ids_EL = np.random.default_rng(0).integers(vocabulary, size=(64, length))
     data = TokenData(Path(), "random", {}, {"train": _split(ids_EL, ids_EL)})
-    sources = Sources(student="random", data="random", teacher="random", vocabulary=vocabulary)
+    sources = Sources(ModelSource("random"), "random", ModelSource("random"), vocabulary)
     return Parts(sources, shape_of(trial, device), model(2), model(4), data, device, dtype)
 
 

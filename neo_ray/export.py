@@ -206,10 +206,9 @@ def _check(chosen: Chosen, records: list[TrialRecord]) -> None:
 
 
 def _origin(alone: SweepConfig, sources: Any) -> tuple[str, str | None]:
-    """The model whose licence holds: a pruned student's is its teacher's."""
-    if alone.student.prune is not None:
-        return sources.teacher, sources.teacher_revision
-    return sources.student, sources.student_revision
+    """Path and revision of the model whose licence holds: a pruned student's is its teacher's."""
+    source = sources.student if alone.student.prune is None else sources.teacher
+    return source.path, source.revision
 
 
 def _facts(chosen: Chosen, sources: Any, scores: dict[str, Any], tolerance: float, dtype: str) -> dict[str, Any]:
@@ -217,7 +216,7 @@ def _facts(chosen: Chosen, sources: Any, scores: dict[str, Any], tolerance: floa
 
     alone, record = chosen.alone, chosen.record
     pruned = alone.student.prune is not None
-    layers = json.loads((Path(sources.student) / LAYERS_FILE).read_text(encoding="utf-8")) if pruned else None
+    layers = json.loads((Path(sources.student.path) / LAYERS_FILE).read_text(encoding="utf-8")) if pruned else None
     base = alone.teacher if pruned else alone.student
     assert base is not None
     return {

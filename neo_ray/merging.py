@@ -11,7 +11,7 @@ import torch
 
 from neo_ray import devices, models
 from neo_ray.evaluate import evaluate
-from neo_ray.parts import Sources, load_parts
+from neo_ray.parts import ModelSource, Sources, load_parts
 from neo_ray.quickstart import without_progress_bars
 from neo_ray.settings import TrialConfig
 from neo_ray.student import Student
@@ -27,17 +27,18 @@ def merge(sources: Sources, adapter: Path, folder: Path, dtype: torch.dtype) -> 
     """
     import peft
 
-    where, revision, trust = "student.model", sources.student_revision, sources.student_trust_remote_code
-    base = models.load_model(sources.student, devices.FP32, "cpu", revision, trust, where)
+    source, where = sources.student, "student.model"
+    base = models.load_model(source.path, devices.FP32, "cpu", source.revision, source.trust_remote_code, where)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft's way of asking transformers
         merged: Any = peft.PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
-    own = models.read_config(sources.student, revision, trust, where)
+    own = models.read_config(source.path, source.revision, source.trust_remote_code, where)
     merged.config.use_cache = getattr(own, "use_cache", True)  # a frozen model under training has it off
     devices.prepare_deepspeed()  # transformers imports it to save a model
     with without_progress_bars():
         merged.to(dtype).save_pretrained(folder)
-    models.load_tokenizer(sources.student, revision, trust, where).save_pretrained(folder)
+    tokenizer = models.load_tokenizer(source.path, source.revision, source.trust_remote_code, where)
+    tokenizer.save_pretrained(folder)
 
 
 def rescore(folder: Path, sources: Sources, trial: TrialConfig) -> dict[str, float]:
@@ -46,7 +47,7 @@ def rescore(folder: Path, sources: Sources, trial: TrialConfig) -> dict[str, flo
     Names as in the trial's record. Without the teacher: there is no KL.
     """
     exact = trial.model_copy(update={"training": trial.training.model_copy(update={"dtype": "fp32"})})
-    alone = dataclasses.replace(sources, student=str(folder), student_revision=None, teacher=None)
+    alone = dataclasses.replace(sources, student=ModelSource(str(folder)), teacher=None)
     parts = load_parts(alone, exact, devices.local_device())
     student = Student(parts.student, parts.device, parts.dtype)
     scores: dict[str, float | None] = {}

@@ -15,19 +15,25 @@ from neo_ray.settings import TrialConfig
 
 
 @dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from, and whether its own code may run."""
+
+    path: str
+    """A folder or a hub name."""
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
 class Sources:
     """Where the parts come from: paths that every worker can read. Plain data, sent to workers once."""
 
-    student: str
+    student: ModelSource
     data: str
-    teacher: str | None = None
+    teacher: ModelSource | None = None
     vocabulary: int = 0
     """Token ids that teacher and student share; logits beyond it belong to padding rows."""
     pad_id: int = 0
-    student_revision: str | None = None
-    teacher_revision: str | None = None
-    student_trust_remote_code: bool = False
-    teacher_trust_remote_code: bool = False
 
 
 @dataclass
@@ -64,24 +70,13 @@ def shape_of(trial: TrialConfig, device: torch.device) -> tuple[Any, ...]:
 def load_parts(sources: Sources, trial: TrialConfig, device: torch.device) -> Parts:
     """Load what trials of this shape need. A student trained in full is loaded in fp32: its weights are the master copy."""
     dtype = devices.resolve_dtype(trial.training.dtype, device)
-    student_dtype = dtype if trial.has_adapter else devices.FP32
-    student = models.load_model(
-        sources.student,
-        student_dtype,
-        device=str(device),
-        revision=sources.student_revision,
-        trust_remote_code=sources.student_trust_remote_code,
-    )
-    teacher = None
-    if sources.teacher is not None:
-        teacher = models.load_model(
-            sources.teacher,
-            dtype,
-            device=str(device),
-            revision=sources.teacher_revision,
-            trust_remote_code=sources.teacher_trust_remote_code,
-        )
+    student = _load(sources.student, dtype if trial.has_adapter else devices.FP32, device, "student.model")
+    teacher = _load(sources.teacher, dtype, device, "teacher.model") if sources.teacher is not None else None
     return Parts(sources, shape_of(trial, device), student, teacher, open_data(sources.data), device, dtype)
+
+
+def _load(source: ModelSource, dtype: torch.dtype, device: torch.device, where: str) -> nn.Module:
+    return models.load_model(source.path, dtype, str(device), source.revision, source.trust_remote_code, where)
 
 
 def rank_and_world_size() -> tuple[int, int]:

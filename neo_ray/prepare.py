@@ -9,9 +9,9 @@ from typing import Any
 
 from neo_ray import quickstart
 from neo_ray.assets import is_quickstart
-from neo_ray.config import SweepConfig
+from neo_ray.config import StudentConfig, SweepConfig, TeacherConfig
 from neo_ray.local import check_layers
-from neo_ray.parts import Sources
+from neo_ray.parts import ModelSource, Sources
 from neo_ray.space import build_space
 
 Announce = Callable[[str], None]
@@ -28,44 +28,36 @@ def prepare(config: SweepConfig, announce: Announce) -> Sources:
     def local(name: str) -> str:
         return quickstart.fetch(name, config.cache, announce) if is_quickstart(name) else name
 
-    teacher, student = config.teacher, config.student
-    teacher_source = local(teacher.model) if teacher is not None else None
-    student_source = local(student.model) if student.model is not None else teacher_source
-    owner, where = (student, "student.model") if student.model is not None else (teacher, "teacher.model")
-    assert student_source is not None and owner is not None
-    tokenizer = models.load_tokenizer(student_source, owner.revision, owner.trust_remote_code, where)
-    for source, at in ((teacher_source, "teacher.model"), (student_source, where)):
+    def model_source(section: TeacherConfig | StudentConfig | None) -> ModelSource | None:
+        if section is None or section.model is None:
+            return None
+        return ModelSource(local(section.model), section.revision, section.trust_remote_code)
+
+    teacher, named = model_source(config.teacher), model_source(config.student)
+    student, where = (named, "student.model") if named is not None else (teacher, "teacher.model")
+    assert student is not None
+    tokenizer = models.load_tokenizer(student.path, student.revision, student.trust_remote_code, where)
+    for source, at in ((teacher, "teacher.model"), (student, where)):
         if source is not None:
-            models.check_weights(source, at)
-    own = models.read_config(student_source, owner.revision, owner.trust_remote_code, where)
+            models.check_weights(source.path, at)
+    own = models.read_config(student.path, student.revision, student.trust_remote_code, where)
     check_layers(config, own.get_text_config().num_hidden_layers)
     space = build_space(config)
     if {"lora", "neo"} & set(space.reach("method")):
-        outline = models.outline(student_source, own, owner.trust_remote_code, where)
+        outline = models.outline(student.path, own, student.trust_remote_code, where)
         for wanted in space.reach("target_modules"):
             adapters.target_modules(outline, tuple(wanted) if isinstance(wanted, list) else wanted)
     rows = own.get_text_config().vocab_size
-    models.check_context(config.data.max_length, student_source, own, where)
+    models.check_context(config.data.max_length, student.path, own, where)
     vocabulary = min(rows, len(tokenizer))
-    if teacher is not None and teacher_source is not None and student.model is not None:
-        theirs = models.load_tokenizer(teacher_source, teacher.revision, teacher.trust_remote_code, "teacher.model")
-        other = models.read_config(teacher_source, teacher.revision, teacher.trust_remote_code, "teacher.model")
+    if teacher is not None and named is not None:
+        theirs = models.load_tokenizer(teacher.path, teacher.revision, teacher.trust_remote_code, "teacher.model")
+        other = models.read_config(teacher.path, teacher.revision, teacher.trust_remote_code, "teacher.model")
         vocabulary = models.prove_shared_vocabulary(theirs, tokenizer, other.get_text_config().vocab_size, rows)
-        models.check_context(config.data.max_length, teacher_source, other, "teacher.model")
-    source = local(config.data.source)
-    folder = data.prepare(config.data, source, tokenizer, config.cache, announce)
+        models.check_context(config.data.max_length, teacher.path, other, "teacher.model")
+    folder = data.prepare(config.data, local(config.data.source), tokenizer, config.cache, announce)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return Sources(
-        student=student_source,
-        data=str(folder.resolve()),
-        teacher=teacher_source,
-        vocabulary=vocabulary,
-        pad_id=pad or 0,
-        student_revision=owner.revision,
-        teacher_revision=teacher.revision if teacher is not None else None,
-        student_trust_remote_code=owner.trust_remote_code,
-        teacher_trust_remote_code=teacher.trust_remote_code if teacher is not None else False,
-    )
+    return Sources(student, str(folder.resolve()), teacher, vocabulary, pad or 0)
 
 
 def identities(config: SweepConfig, sources: Sources) -> dict[str, str]:
@@ -74,9 +66,9 @@ def identities(config: SweepConfig, sources: Sources) -> dict[str, str]:
 
     found = {"data.source": Path(sources.data).name}
     if config.teacher is not None and sources.teacher is not None:
-        found["teacher.model"] = models.identity(sources.teacher, sources.teacher_revision)
+        found["teacher.model"] = models.identity(sources.teacher.path, sources.teacher.revision)
     if config.student.model is not None:
-        found["student.model"] = models.identity(sources.student, sources.student_revision)
+        found["student.model"] = models.identity(sources.student.path, sources.student.revision)
     return found
 
 
@@ -95,5 +87,5 @@ def make_student(config: SweepConfig, sources: Sources, announce: Announce = lam
         batch = collate(split.examples(range(count)), sources.pad_id)
         return batch.input_ids_BL, batch.attention_mask_BL, batch.labels_BL
 
-    folder = pruning.student_folder(config, sources.teacher, calibration, config.cache, announce)
-    return dataclasses.replace(sources, student=folder, student_revision=None)
+    folder = pruning.student_folder(config, sources.teacher.path, calibration, config.cache, announce)
+    return dataclasses.replace(sources, student=dataclasses.replace(sources.student, path=folder, revision=None))

@@ -19,7 +19,7 @@ from tiny import CHAT_TEMPLATE, make_llama, write_lines
 from neo_ray import data
 from neo_ray.bench_step import process_group
 from neo_ray.config import DataConfig
-from neo_ray.parts import Sources, load_parts
+from neo_ray.parts import ModelSource, Sources, load_parts
 from neo_ray.settings import EvaluationConfig, LoraConfig, TrainingConfig, TrialConfig
 from neo_ray.train import train
 
@@ -58,7 +58,8 @@ def sources(folder: Path) -> Sources:
     write_lines(folder / "sentences.jsonl", [{"text": text} for text in sentences(120)])
     settings = DataConfig(source=str(folder / "sentences.jsonl"), max_length=64, select_fraction=0.2, report_fraction=0.1)
     prepared = data.prepare(settings, settings.source, tokenizer, folder / "cache")
-    return Sources(str(folder / "student"), str(prepared), str(folder / "teacher"), len(tokenizer), tokenizer.pad_token_id)
+    student, teacher = ModelSource(str(folder / "student")), ModelSource(str(folder / "teacher"))
+    return Sources(student, str(prepared), teacher, len(tokenizer), tokenizer.pad_token_id)
 
 
 def byte_tokenizer() -> Any:

@@ -113,7 +113,7 @@ def test_every_variant_trains(finished: Finished) -> None:
 
 
 def test_every_adapter_loads_in_plain_peft_on_the_original_base(finished: Finished, sources: Sources) -> None:
-    base = models.load_model(sources.student, torch.float32)
+    base = models.load_model(sources.student.path, torch.float32)
     before = [parameter.clone() for parameter in base.parameters()]
     loaded: Any = peft.PeftModel.from_pretrained(base, str(finished.folder))
     untouched = [p for name, p in loaded.named_parameters() if "lora_" not in name and "modules_to_save" not in name]

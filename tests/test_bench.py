@@ -25,7 +25,7 @@ from neo_ray.bench_turns import BASELINE, Samples
 from neo_ray.config import DataConfig
 from neo_ray.data import Split
 from neo_ray.memory import shape_from_config
-from neo_ray.parts import Parts, Sources, load_parts
+from neo_ray.parts import ModelSource, Parts, Sources, load_parts
 from neo_ray.settings import ConfigError, TrialConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,7 +46,8 @@ def parts(tiny_world: World, tmp_path_factory: pytest.TempPathFactory) -> Parts:
     tokenizer = models.load_tokenizer(str(tiny_world.student))
     config = DataConfig(source=str(tiny_world.data), max_length=48, select_fraction=0.2, report_fraction=0.2)
     folder = data.prepare(config, str(tiny_world.data), tokenizer, tmp_path_factory.mktemp("cache"))
-    sources = Sources(str(tiny_world.student), str(folder), str(tiny_world.teacher), len(tokenizer), tokenizer.pad_token_id)
+    student, teacher = ModelSource(str(tiny_world.student)), ModelSource(str(tiny_world.teacher))
+    sources = Sources(student, str(folder), teacher, len(tokenizer), tokenizer.pad_token_id)
     return load_parts(sources, exact_trial(), CPU)
 
 

@@ -27,7 +27,7 @@ from neo_ray import adapters, chunked, train
 from neo_ray.batches import plan_steps
 from neo_ray.data import Split, TokenData
 from neo_ray.losses import LossSums
-from neo_ray.parts import Parts, Sources, sum_over_ranks
+from neo_ray.parts import ModelSource, Parts, Sources, sum_over_ranks
 from neo_ray.settings import DeepSpeedConfig, DistillConfig, LoraConfig, TrainingConfig, TrialConfig
 from neo_ray.student import Student, Taught
 
@@ -225,7 +225,7 @@ class Steps:
         trial = case.trial()
         engine, trained = self._engine(case, trial)
         teacher = make_model("teacher", case.padded)
-        sources = Sources(student="tiny", data="made", teacher="tiny", vocabulary=VOCABULARY, pad_id=0)
+        sources = Sources(ModelSource("tiny"), "made", ModelSource("tiny"), VOCABULARY, pad_id=0)
         data = TokenData(Path(), "made", {}, {"train": self.split})
         parts = Parts(sources, (), engine.module.model, teacher, data, CPU, torch.float32)
         plan = plan_steps(self.split.num_tokens, self.split.num_labels, trial.training, 1, 0)

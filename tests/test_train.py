@@ -15,7 +15,7 @@ from tiny import World
 
 from neo_ray import adapters, data, models
 from neo_ray.config import DataConfig
-from neo_ray.parts import Parts, Sources, load_parts
+from neo_ray.parts import ModelSource, Parts, Sources, load_parts
 from neo_ray.records import Stop
 from neo_ray.settings import DeepSpeedConfig, DistillConfig, LoraConfig, TrainingConfig, TrialConfig
 from neo_ray.train import Outcome, Row, train
@@ -28,7 +28,8 @@ def sources(tiny_world: World, tmp_path_factory: pytest.TempPathFactory) -> Sour
     tokenizer = models.load_tokenizer(str(tiny_world.student))
     config = DataConfig(source=str(tiny_world.data), max_length=48, select_fraction=0.2, report_fraction=0.2)
     folder = data.prepare(config, str(tiny_world.data), tokenizer, tmp_path_factory.mktemp("cache"))
-    return Sources(str(tiny_world.student), str(folder), str(tiny_world.teacher), len(tokenizer), tokenizer.pad_token_id)
+    student, teacher = ModelSource(str(tiny_world.student)), ModelSource(str(tiny_world.teacher))
+    return Sources(student, str(folder), teacher, len(tokenizer), tokenizer.pad_token_id)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -103,7 +104,7 @@ def test_a_warm_worker_gives_the_cold_one_s_curve_to_the_bit(sources: Sources) -
 def test_kd_loss_is_zero_when_the_student_is_the_teacher(sources: Sources, tiny_world: World) -> None:
     import dataclasses
 
-    same = dataclasses.replace(sources, student=str(tiny_world.teacher))
+    same = dataclasses.replace(sources, student=ModelSource(str(tiny_world.teacher)))
     rows, _ = run(same, a_trial(steps=1, distill=DistillConfig(kd_ratio=1.0), lora=LoraConfig(rank=2, alpha=2)))
     assert rows[0]["train_kd"] == pytest.approx(0.0, abs=1e-5)
 
@@ -144,7 +145,7 @@ def test_the_adapter_loads_in_plain_peft(sources: Sources, tmp_path: Path) -> No
 
     trial = a_trial()
     _, outcome = run(sources, trial, folder=tmp_path)
-    base = models.load_model(sources.student, torch.float32)
+    base = models.load_model(sources.student.path, torch.float32)
     loaded = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
     merged = loaded.merge_and_unload()
     parts = load_parts(sources, trial, CPU)
