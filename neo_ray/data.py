@@ -70,10 +70,6 @@ class Split:
         ids, labels = (table.column(name).combine_chunks() for name in ("input_ids", "labels"))
         return [(ids[i].values.to_numpy(), labels[i].values.to_numpy()) for i in range(len(table))]
 
-    def keys(self) -> list[str]:
-        """The hash of each example's content, hexadecimal."""
-        return list(self.rows["key"])
-
 
 @dataclass(frozen=True)
 class TokenData:

@@ -23,7 +23,7 @@ from transformers import AutoConfig
 
 from neo_ray import devices
 from neo_ray.config import SweepConfig
-from neo_ray.local import check_given_layers, check_layers
+from neo_ray.local import check_layers
 from neo_ray.models import Head, decoder, last_hidden, load_model, loading, output_head, weights_digest
 from neo_ray.quickstart import made_once
 from neo_ray.settings import ConfigError
@@ -63,19 +63,6 @@ def student_folder(config: SweepConfig, teacher_folder: str, calibration: Calibr
         _write_pruned(source, chosen, folder)
 
     return str(made_once(cache / "students" / digest, make))
-
-
-def prune_layers(source_folder: str | Path, layers: Sequence[int], target_folder: str | Path) -> str:
-    """A model with only these layers of the source, renumbered; tokenizer and all other weights as they were. Whole or absent.
-
-    Reads one shard at a time. A target that exists is kept as it is.
-
-    Raises:
-        ConfigError: at `student.prune.layers`.
-    """
-    source = Path(source_folder)
-    check_given_layers(layers, _num_layers(source))
-    return str(made_once(Path(target_folder), lambda folder: _write_pruned(source, layers, folder)))
 
 
 @torch.no_grad()

@@ -93,7 +93,7 @@ def answers(pair: tuple[np.ndarray, np.ndarray], tokenizer: Any) -> list[str]:
 
 
 def keys(data: TokenData) -> dict[str, list[str]]:
-    return {name: data.split(name).keys() for name in SPLITS}
+    return {name: list(data.split(name).rows["key"]) for name in SPLITS}
 
 
 def chats(messages: list[dict[str, str]], times: int = 12) -> list[dict[str, Any]]:

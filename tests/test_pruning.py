@@ -18,8 +18,20 @@ from neo_ray import devices, pruning
 from neo_ray.config import SweepConfig
 from neo_ray.loading import validate
 from neo_ray.models import load_model, load_tokenizer
-from neo_ray.pruning import greedy_layers, prune_layers, student_folder
+from neo_ray.pruning import greedy_layers, student_folder
 from neo_ray.settings import ConfigError
+
+
+def sweep(teacher: Path, student: dict[str, Any]) -> SweepConfig:
+    return validate({"name": "t", "teacher": {"model": str(teacher)}, "student": student, "data": {"source": "none.jsonl"}})
+
+
+def no_calibration() -> Any:
+    raise AssertionError("calibration was asked for")
+
+
+def pruned(teacher: Path, layers: list[int], cache: Path) -> str:
+    return student_folder(sweep(teacher, {"prune": {"layers": layers}}), str(teacher), no_calibration, cache, print)
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -51,7 +63,7 @@ def loss(model: Any) -> float:
 def test_a_pruned_folder_is_the_model_without_these_layers(tmp_path: Path, tied: bool) -> None:
     make_llama(4, seed=0, tied=tied).save_pretrained(tmp_path / "teacher")
     teacher = load_model(str(tmp_path / "teacher"), torch.float32)
-    student = load_model(prune_layers(tmp_path / "teacher", [0, 3], tmp_path / "student"), torch.float32)
+    student = load_model(pruned(tmp_path / "teacher", [0, 3], tmp_path), torch.float32)
     ids_BL, mask_BL, _ = batch()
     expected_BLV = without(teacher, [1, 2])(input_ids=ids_BL, attention_mask=mask_BL).logits
     assert torch.equal(student(input_ids=ids_BL, attention_mask=mask_BL).logits, expected_BLV)
@@ -62,12 +74,12 @@ def test_shards_are_read_one_by_one_and_indexed_again(tmp_path: Path) -> None:
     teacher = make_llama(4, seed=0)
     teacher.save_pretrained(tmp_path / "teacher", max_shard_size="200KB")
     assert len(list((tmp_path / "teacher").glob("*.safetensors"))) > 2
-    student = load_model(prune_layers(tmp_path / "teacher", [1, 2], tmp_path / "student"), torch.float32)
+    student = load_model(pruned(tmp_path / "teacher", [1, 2], tmp_path), torch.float32)
     assert loss(student) == loss(without(teacher, [0, 3]))
 
 
 def test_config_and_tokenizer_stay_apart_from_the_number_of_layers(tiny_world: World, tmp_path: Path) -> None:
-    student = Path(prune_layers(tiny_world.teacher, [0, 2], tmp_path / "student"))
+    student = Path(pruned(tiny_world.teacher, [0, 2], tmp_path))
     old, new = (json.loads((folder / "config.json").read_text()) for folder in (tiny_world.teacher, student))
     assert new == {**old, "num_hidden_layers": 2}
     assert load_tokenizer(str(student)).get_vocab() == make_tokenizer().get_vocab()
@@ -90,21 +102,26 @@ def test_each_layer_keeps_its_own_kind_of_attention(tmp_path: Path) -> None:
     raw = json.loads((tmp_path / "teacher" / "config.json").read_text())
     kinds = raw.pop("layer_types")
     (tmp_path / "teacher" / "config.json").write_text(json.dumps(raw))
-    student = AutoModelForCausalLM.from_pretrained(prune_layers(tmp_path / "teacher", [1, 2, 3], tmp_path / "student"))
+    student = AutoModelForCausalLM.from_pretrained(pruned(tmp_path / "teacher", [1, 2, 3], tmp_path))
     assert student.config.layer_types == kinds[1:] != kinds[:3]
 
 
-@pytest.mark.parametrize("layers", [[0, 4], [-1, 2], [2, 1], [1, 1], []])
-def test_impossible_layers_are_refused_and_nothing_is_written(tiny_world: World, tmp_path: Path, layers: list[int]) -> None:
-    with pytest.raises(ConfigError, match=r"student\.prune\.layers: .* teacher of 4 layers; allowed: 0 to 3"):
-        prune_layers(tiny_world.teacher, layers, tmp_path / "student")
+def test_impossible_layers_are_refused_and_nothing_is_written(tiny_world: World, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"student\.prune\.layers: 4 with a teacher of 4 layers; allowed: 0 to 3"):
+        pruned(tiny_world.teacher, [0, 4], tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("layers", [[-1, 2], [2, 1], [1, 1], []])
+def test_layers_of_no_order_are_no_sweep(tiny_world: World, layers: list[int]) -> None:
+    with pytest.raises(ConfigError, match=r"student\.prune: `layers` must be ascending, distinct, not negative"):
+        sweep(tiny_world.teacher, {"prune": {"layers": layers}})
 
 
 def test_weights_without_numbered_layers_are_refused(tmp_path: Path) -> None:
     GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=64)).save_pretrained(tmp_path / "teacher")
     with pytest.raises(ConfigError, match=r"student\.prune: "):
-        prune_layers(tmp_path / "teacher", [0], tmp_path / "student")
+        pruned(tmp_path / "teacher", [0], tmp_path)
 
 
 def test_greedy_drops_what_brute_force_drops() -> None:
@@ -155,18 +172,8 @@ def test_greedy_refuses_what_it_cannot_take_apart() -> None:
         greedy_layers(make_llama(2, seed=0), ids_BL, None, ids_BL, keep=3)
 
 
-def sweep(world: World, student: dict[str, Any]) -> SweepConfig:
-    return validate(
-        {"name": "t", "teacher": {"model": str(world.teacher)}, "student": student, "data": {"source": str(world.data)}}
-    )
-
-
-def no_calibration() -> Any:
-    raise AssertionError("calibration was asked for")
-
-
 def test_given_layers_need_no_calibration_and_are_made_once(tiny_world: World, tmp_path: Path) -> None:
-    config = sweep(tiny_world, {"prune": {"layers": [0, 3]}})
+    config = sweep(tiny_world.teacher, {"prune": {"layers": [0, 3]}})
     folder = Path(student_folder(config, str(tiny_world.teacher), no_calibration, tmp_path, print))
     made = (folder / "model.safetensors").stat()
     assert folder.parent == tmp_path / "students"
@@ -175,7 +182,7 @@ def test_given_layers_need_no_calibration_and_are_made_once(tiny_world: World, t
 
 
 def test_kept_layers_are_found_once_a_calibration(tiny_world: World, tmp_path: Path) -> None:
-    config, said = sweep(tiny_world, {"prune": {"keep": 2}}), []  # type: ignore[var-annotated]
+    config, said = sweep(tiny_world.teacher, {"prune": {"keep": 2}}), []  # type: ignore[var-annotated]
     folder = student_folder(config, str(tiny_world.teacher), batch, tmp_path, said.append)
     expected = greedy_layers(
         load_model(str(tiny_world.teacher), devices.resolve_dtype("auto", devices.local_device())), *batch(), keep=2
@@ -188,7 +195,7 @@ def test_kept_layers_are_found_once_a_calibration(tiny_world: World, tmp_path: P
 
 
 def test_the_digest_follows_the_weights_and_not_their_place(tiny_world: World, tmp_path: Path) -> None:
-    config = sweep(tiny_world, {"prune": {"layers": [0, 3]}})
+    config = sweep(tiny_world.teacher, {"prune": {"layers": [0, 3]}})
     folder = student_folder(config, str(tiny_world.teacher), no_calibration, tmp_path, print)
     copied = shutil.copytree(tiny_world.teacher, tmp_path / "copy")
     assert student_folder(config, str(copied), no_calibration, tmp_path, print) == folder
@@ -197,6 +204,6 @@ def test_the_digest_follows_the_weights_and_not_their_place(tiny_world: World, t
 
 
 def test_more_layers_than_the_teacher_has_are_refused_before_any_calibration(tiny_world: World, tmp_path: Path) -> None:
-    config = sweep(tiny_world, {"prune": {"keep": 9}})
+    config = sweep(tiny_world.teacher, {"prune": {"keep": 9}})
     with pytest.raises(ConfigError, match=r"student\.prune\.keep: 9 layers of a teacher that has 4"):
         student_folder(config, str(tiny_world.teacher), no_calibration, tmp_path, print)
