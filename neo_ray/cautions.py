@@ -134,7 +134,7 @@ def _data(config: SweepConfig, space: Space) -> Iterator[str]:
 def _cluster(config: SweepConfig, space: Space) -> Iterator[str]:
     if config.resources.address is not None:
         for key, path in (("path", config.storage.path), ("cache", config.storage.cache)):
-            if "://" not in path and not Path(path).is_absolute():
+            if not Path(path).is_absolute():
                 yield f"storage.{key}: {path} is relative to each machine; on a cluster name a folder that all nodes see"
 
 

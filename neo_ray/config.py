@@ -6,6 +6,7 @@ Neither torch nor ray is imported here, so that every mistake in a file is repor
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -177,6 +178,14 @@ class StorageConfig(Section):
     """Results go to `<path>/<name>`; on a cluster a folder that all nodes see."""
     cache: str = "~/.cache/neo_ray"
     """Tokenised data, pruned students, downloads; shared by sweeps. On a cluster a folder that all nodes see."""
+
+    @field_validator("path", "cache")
+    @classmethod
+    def _a_folder(cls, value: str) -> str:
+        """A URL would become a local folder of this name: trials write checkpoints and adapters with the means of a disk."""
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", value):
+            raise ValueError("must be a folder, not a URL; on a cluster one that all nodes see, e.g. a mounted bucket")
+        return value
 
 
 class Axis(Section):

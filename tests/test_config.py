@@ -91,6 +91,8 @@ def test_an_unknown_key_is_refused_with_a_guess(tmp_path: Path, text: str, expec
         ("search: {rank: {quantised: [1, 9, 0]}}", ["search.rank: ", "step 0.0"]),
         ("search: {rank: {times: 2}}", ["search.rank: give exactly one of", "of"]),
         ("search: {rank: {choice: [1], times: 2}}", ["search.rank: `times` and `plus` go with `of`"]),
+        ("storage: {path: 's3://bucket/results'}", ["storage.path: ", "all nodes see", "'s3://bucket/results'"]),
+        ("storage: {cache: 'file:/mnt/cache'}", ["storage.cache: ", "not a URL"]),
         ("search: [rank]", ["search: must be a mapping of keys"]),
     ],
 )
@@ -107,6 +109,8 @@ def test_a_wrong_value_is_refused_at_its_path(tmp_path: Path, text: str, expecte
         (["student.model=null", "student.prune={keep: 3, layers: [0, 1]}"], "give exactly one of `layers` and `keep`"),
         (["student.model=null", "student.prune={}"], "give exactly one of `layers` and `keep`"),
         (["student.model=null", "student.prune.layers=[1, 0]"], "ascending, distinct"),
+        (["student.model=null", "student.prune.layers=[1, 1]"], "ascending, distinct"),
+        (["student.model=null", "student.prune.layers=[-1, 1]"], "not negative"),
         (["student.model=null", "student.prune.layers=[]"], "at least one"),
         (["training.steps=2", "training.tokens=1000"], "training: give one of epochs, tokens, steps, not tokens and steps"),
         (["search.rank={choice: [1], grid: [2]}"], "search.rank: give exactly one of"),

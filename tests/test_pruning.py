@@ -112,12 +112,6 @@ def test_impossible_layers_are_refused_and_nothing_is_written(tiny_world: World,
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("layers", [[-1, 2], [2, 1], [1, 1], []])
-def test_layers_of_no_order_are_no_sweep(tiny_world: World, layers: list[int]) -> None:
-    with pytest.raises(ConfigError, match=r"student\.prune: `layers` must be ascending, distinct, not negative"):
-        sweep(tiny_world.teacher, {"prune": {"layers": layers}})
-
-
 def test_weights_without_numbered_layers_are_refused(tmp_path: Path) -> None:
     GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=64)).save_pretrained(tmp_path / "teacher")
     with pytest.raises(ConfigError, match=r"student\.prune: "):
