@@ -105,7 +105,7 @@ def export(chosen: Chosen, out: Path, dtype: str) -> dict[str, Any]:
     """Write the folder, whole or not at all. Returns what `export.json` says.
 
     Raises:
-        ConfigError: the folder exists, or models or data cannot be had.
+        ConfigError: the folder exists, or models or data cannot be had, or are other ones than the trial's.
         OtherScores: a held-out CE differs from the trial's by more than the tolerance.
     """
     if out.exists():
@@ -113,12 +113,14 @@ def export(chosen: Chosen, out: Path, dtype: str) -> dict[str, Any]:
     from neo_ray import devices, merging
     from neo_ray.card import card, licence_of
     from neo_ray.environment import environment
-    from neo_ray.prepare import make_student, prepare
+    from neo_ray.prepare import check_same_sources, identities, make_student, prepare
     from neo_ray.quickstart import made_once
     from neo_ray.records import write_atomically
 
     record, alone = chosen.record, chosen.alone
-    sources = make_student(alone, prepare(alone, print), print)
+    prepared = prepare(alone, print)
+    check_same_sources(chosen.folder, identities(alone, prepared), "an adapter goes with what it was trained on: bring that back")
+    sources = make_student(alone, prepared, print)
     licence, licence_files = licence_of(*_origin(alone, sources))
     facts: dict[str, Any] = {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ from neo_ray.assets import is_quickstart
 from neo_ray.config import StudentConfig, SweepConfig, TeacherConfig
 from neo_ray.local import check_layers
 from neo_ray.parts import ModelSource, Sources
+from neo_ray.settings import ConfigError
 from neo_ray.space import build_space
 
 Announce = Callable[[str], None]
+SOURCES_FILE = "sources.json"
+"""In a results folder: the `identities` of what its trials ran on."""
 
 
 def prepare(config: SweepConfig, announce: Announce) -> Sources:
@@ -70,6 +74,25 @@ def identities(config: SweepConfig, sources: Sources) -> dict[str, str]:
     if config.student.model is not None:
         found["student.model"] = models.identity(sources.student.path, sources.student.revision)
     return found
+
+
+def check_same_sources(results: Path, now: dict[str, str], remedy: str) -> None:
+    """The same path may hold other data or weights than when a sweep was begun: its trials say nothing about those.
+
+    Args:
+        results: its folder; one without `sources.json` is not looked at.
+        now: the `identities` of today.
+        remedy: what the user can do, the end of the message.
+
+    Raises:
+        ConfigError: at what changed.
+    """
+    path = results / SOURCES_FILE
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    changed = [name for name in before if name in now and before[name] != now[name]]
+    if changed:
+        values = f"{before[changed[0]]} → {now[changed[0]]}"
+        raise ConfigError(f"{changed[0]}: {' and '.join(changed)} changed since {results} was begun ({values}); {remedy}")
 
 
 def make_student(config: SweepConfig, sources: Sources, announce: Announce = lambda _: None) -> Sources:

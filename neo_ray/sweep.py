@@ -77,11 +77,12 @@ def run(config: SweepConfig, space: Space, fresh: bool = False, retry_failed: bo
     refuse_if_held(config.folder)
     announce(f"sweep {config.name}: preparing")
     _quiet()
-    from neo_ray.prepare import identities, prepare
+    from neo_ray.prepare import check_same_sources, identities, prepare
 
     sources = prepare(config, announce)
     identity = identities(config, sources)
-    _check_same_sources(config, identity, fresh)
+    if not fresh:
+        check_same_sources(config.folder, identity, "take another name, or --fresh to put that sweep aside")
     records = [] if fresh else retried(fold(Journal(config.folder).events()), retry_failed)
     code = 0
     if settings_to_run(config, space, records)[1]:
@@ -171,22 +172,6 @@ def _check_same_sweep(config: SweepConfig, fresh: bool) -> None:
         )
 
 
-def _check_same_sources(config: SweepConfig, now: dict[str, str], fresh: bool) -> None:
-    """The same path may hold other data or weights than it did: their trials do not compare."""
-    import json
-
-    path = config.folder / "sources.json"
-    if fresh or not path.exists():
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    changed = [name for name in before if name in now and before[name] != now[name]]
-    if changed:
-        raise ConfigError(
-            f"{changed[0]}: {' and '.join(changed)} changed since {config.folder} was begun "
-            f"({before[changed[0]]} → {now[changed[0]]}); take another name, or --fresh to put that sweep aside"
-        )
-
-
 def _check_writable(config: SweepConfig) -> None:
     for key, path in (("storage.path", config.folder), ("storage.cache", config.cache)):
         nearest = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
@@ -220,10 +205,11 @@ def _write_contract(config: SweepConfig, sources: dict[str, str]) -> None:
     import json
 
     from neo_ray.environment import environment
+    from neo_ray.prepare import SOURCES_FILE
     from neo_ray.records import write_atomically
 
     write_atomically(config.folder / "sweep.yaml", loading.dump(config))
-    write_atomically(config.folder / "sources.json", json.dumps(sources, indent=2))
+    write_atomically(config.folder / SOURCES_FILE, json.dumps(sources, indent=2))
     write_atomically(config.folder / "environment.json", json.dumps(environment(), indent=2))
 
 

@@ -15,7 +15,7 @@ import torch
 import yaml
 from doors import ROOT, sweep_file
 from safetensors import safe_open
-from tiny import World, make_world
+from tiny import World, make_llama, make_world
 
 from neo_ray import analyze, loading
 from neo_ray.bench_step import process_group
@@ -24,7 +24,7 @@ from neo_ray.config import SweepConfig
 from neo_ray.export import TOLERANCES, OtherScores, check_scores, main
 from neo_ray.merging import rescore
 from neo_ray.parts import load_parts
-from neo_ray.prepare import make_student, prepare
+from neo_ray.prepare import SOURCES_FILE, identities, make_student, prepare
 from neo_ray.records import Journal, load_records, write_atomically
 from neo_ray.settings import LoraConfig
 from neo_ray.space import build_space
@@ -53,7 +53,9 @@ def make_sweep(world: World, folder: Path, **changes: Any) -> SweepConfig:
 def run_trials(config: SweepConfig, trials: dict[str, dict[str, Any]]) -> None:
     """Train these settings by id and write what a sweep's recorder writes of them."""
     journal, space = Journal(config.folder), build_space(config)
-    sources = make_student(config, prepare(config, lambda _: None))
+    prepared = prepare(config, lambda _: None)
+    write_atomically(config.folder / SOURCES_FILE, json.dumps(identities(config, prepared)))
+    sources = make_student(config, prepared)
     parts = load_parts(sources, config.trial, CPU)
     with process_group(CPU):
         for id, params in trials.items():
@@ -252,6 +254,20 @@ def test_a_model_that_scores_otherwise_is_refused_and_nothing_is_left(
     error = capsys.readouterr().err
     assert f"{name} was {before + 0.002:.6f} and is {before:.5f}"[:-1] in error and error.count("\n") == 1
     assert left_in(folder / "export") == []
+
+
+def test_another_base_under_the_same_path_is_refused(
+    tiny_world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = shutil.copytree(tiny_world.student, tmp_path / "student")
+    config = make_sweep(tiny_world, tmp_path, student={"model": str(student)})
+    run_trials(config, {"0000": {"rank": 4}})
+    make_llama(2, seed=7).save_pretrained(student)
+    capsys.readouterr()
+    assert main([str(config.folder)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: student.model: student.model changed since") and "bring that back" in error
+    assert left_in(config.folder / "export") == []
 
 
 def test_a_score_that_is_not_a_number_is_refused() -> None:

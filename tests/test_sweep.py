@@ -18,9 +18,9 @@ from doors import ROOT, finish, start, sweep_file
 from tiny import World
 
 from neo_ray.loading import dump, load, validate
-from neo_ray.prepare import identities, prepare
+from neo_ray.prepare import check_same_sources, identities, prepare
 from neo_ray.records import load_records
-from neo_ray.sweep import _check_same_sources, _set_aside, _write_contract, main
+from neo_ray.sweep import _set_aside, _write_contract, main
 from neo_ray.trials import differences
 
 
@@ -191,7 +191,7 @@ def test_other_data_under_the_same_path_is_refused(tiny_world: World, tmp_path: 
     folder = tmp_path / "results" / "tiny"
     folder.mkdir(parents=True)
     _write_contract(config, identities(config, prepare(config, lambda text: None)))
-    _check_same_sources(config, identities(config, prepare(config, lambda text: None)), fresh=False)
+    check_same_sources(folder, identities(config, prepare(config, lambda text: None)), "")
     data.write_text("".join(lines[:150]))
     assert main([str(path), f"data.source={data}"]) == 2
     assert "data.source: data.source changed since" in capsys.readouterr().err
