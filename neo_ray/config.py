@@ -173,6 +173,15 @@ class ObjectiveConfig(Section):
     mode: Literal["min", "max"] = "min"
 
 
+class TargetsConfig(Section):
+    """What the teacher says, and where it comes from."""
+
+    mode: Literal["auto", "live", "projection", "hidden"] = "auto"
+    """`live` runs the teacher in every trial. Of the stored ones, made once for all sweeps, `projection` (2 bytes × the student's
+    width a token) serves forward KL at one temperature through a frozen head, `hidden` (2 bytes × the teacher's width) every
+    divergence; both are exact up to fp16. `auto` takes the smallest that serves the whole search space."""
+
+
 class StorageConfig(Section):
     path: str = "results"
     """Results go to `<path>/<name>`; on a cluster a folder that all nodes see."""
@@ -258,6 +267,7 @@ class SweepConfig(TrialConfig):
     resources: ResourcesConfig = ResourcesConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     storage: StorageConfig = StorageConfig()
+    targets: TargetsConfig = TargetsConfig()
 
     @model_validator(mode="after")
     def _fits_together(self) -> SweepConfig:

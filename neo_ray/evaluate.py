@@ -12,9 +12,10 @@ import torch
 
 from neo_ray import models
 from neo_ray.data import Batch, Split, collate
-from neo_ray.losses import divergence_sum, next_labels, scored
+from neo_ray.losses import next_labels, scored
 from neo_ray.parts import Parts, rank_and_world_size, sum_over_ranks
-from neo_ray.settings import DistillConfig, EvaluationConfig
+from neo_ray.settings import EvaluationConfig
+from neo_ray.teaching import Taught, teach_once
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,6 @@ Predict = Callable[[Batch, int], Predicted]
 """(batch, vocabulary) → what a model says of it; every rank calls it equally often."""
 
 CHUNK = 256  # positions whose [chunk, V] fp32 logits are held at once: 130 MB at V = 128k
-FORWARD_KL = DistillConfig(kd_ratio=1.0, temperature=1.0, divergence="forward_kl")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Scores:
 def evaluate(predict: Predict, parts: Parts, split_name: str, settings: EvaluationConfig) -> Scores:
     """Score the student on a split; batches are dealt out to the ranks and sums added up.
 
-    The teacher sees a split once: its last hidden states at the scored positions are kept, the head is applied in chunks.
+    A living teacher sees a split once a worker.
     """
     rank, world_size = rank_and_world_size()
     split = parts.data.split(split_name)
@@ -67,11 +67,11 @@ def evaluate(predict: Predict, parts: Parts, split_name: str, settings: Evaluati
         batch = collate(split.examples(batches[number]), parts.sources.pad_id, device=str(parts.device))
         predicted = predict(batch, parts.vocabulary)
         if counts:
-            hidden_NH = _teacher_hidden(parts, (split_name, number), batch)
-            sums += _batch_sums(predicted, next_labels(batch.labels_BL), hidden_NH, parts, split.num_bytes[batches[number]].sum())
+            taught = teach_once(parts, split_name, batches[number], batch)
+            sums += _batch_sums(predicted, taught, next_labels(batch.labels_BL), split.num_bytes[batches[number]].sum())
     ce, kl, tokens, num_bytes = sum_over_ranks(sums.to(parts.device)).tolist()
     bits = ce / math.log(2) / num_bytes if num_bytes else math.nan
-    return Scores(ce / tokens, bits, kl / tokens if parts.teacher is not None else None, int(tokens))
+    return Scores(ce / tokens, bits, kl / tokens if parts.has_teacher else None, int(tokens))
 
 
 def whole_model(model: Any) -> Predict:
@@ -95,28 +95,11 @@ def evaluation_batches(split: Split, settings: EvaluationConfig) -> list[np.ndar
     return [order[start : start + settings.batch_size] for start in range(0, taken, settings.batch_size)]
 
 
-def _batch_sums(
-    predicted: Predicted, labels_N: torch.Tensor, hidden_NH: torch.Tensor | None, parts: Parts, num_bytes: int
-) -> torch.Tensor:
+def _batch_sums(predicted: Predicted, taught: Taught, labels_N: torch.Tensor, num_bytes: int) -> torch.Tensor:
     ce = kl = 0.0
-    head = models.output_head(parts.teacher) if hidden_NH is not None and parts.teacher is not None else None
     for start in range(0, len(labels_N), CHUNK):
         rows = slice(start, start + CHUNK)
         logits_CV = predicted.logits(rows)
         ce += torch.nn.functional.cross_entropy(logits_CV, labels_N[rows], reduction="sum").item()
-        if head is not None and hidden_NH is not None:
-            teacher_CV = head.logits(hidden_NH[rows].to(parts.device), parts.vocabulary)
-            kl += divergence_sum(logits_CV, teacher_CV, FORWARD_KL).item()
+        kl += 0.0 if taught.is_silent else taught.kl_sum(logits_CV, predicted.states_NH, rows)
     return torch.tensor([ce, kl, len(labels_N), num_bytes], dtype=torch.float64)
-
-
-def _teacher_hidden(parts: Parts, key: tuple[str, int], batch: object) -> torch.Tensor | None:
-    """The teacher's last hidden states at a batch's scored positions [N, H], computed once a worker and kept in host memory."""
-    if parts.teacher is None:
-        return None
-    hidden = parts.measured.get(("hidden", *key))
-    if hidden is None:
-        states_BLH = models.last_hidden(parts.teacher, batch.input_ids_BL, batch.attention_mask_BL)  # type: ignore[attr-defined]
-        hidden = scored(states_BLH, batch.labels_BL, states_BLH.shape[-1]).cpu()  # type: ignore[attr-defined]
-        parts.measured[("hidden", *key)] = hidden
-    return hidden

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from neo_ray import devices, models
 from neo_ray.data import TokenData, open_data
 from neo_ray.settings import TrialConfig
+from neo_ray.targets import Recipe, Store, open_store
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,15 @@ class ModelSource:
 
 
 @dataclass(frozen=True)
+class TargetSource:
+    """Where a whole store of the teacher's targets is, and what stands in it."""
+
+    folder: str
+    recipe: Recipe
+    bytes_of_row: int
+
+
+@dataclass(frozen=True)
 class Sources:
     """Where the parts come from: paths that every worker can read. Plain data, sent to workers once."""
 
@@ -34,6 +45,8 @@ class Sources:
     vocabulary: int = 0
     """Token ids that teacher and student share; logits beyond it belong to padding rows."""
     pad_id: int = 0
+    targets: TargetSource | None = None
+    """Where there is one, no worker loads the teacher."""
 
 
 @dataclass
@@ -51,6 +64,12 @@ class Parts:
     """Of matrix products and frozen weights; trained weights are fp32."""
     measured: dict[Any, Any] = field(default_factory=dict)
     """Teacher states on the held-out splits and the untrained student's scores, by split."""
+    targets: Store | None = None
+    """What the teacher says, where it is not alive."""
+
+    @property
+    def has_teacher(self) -> bool:
+        return self.teacher is not None or self.targets is not None
 
     @property
     def vocabulary(self) -> int:
@@ -70,12 +89,16 @@ def shape_of(trial: TrialConfig, device: torch.device) -> tuple[Any, ...]:
 def load_parts(sources: Sources, trial: TrialConfig, device: torch.device) -> Parts:
     """Load what trials of this shape need. A student trained in full is loaded in fp32: its weights are the master copy."""
     dtype = devices.resolve_dtype(trial.training.dtype, device)
-    student = _load(sources.student, dtype if trial.has_adapter else devices.FP32, device, "student.model")
-    teacher = _load(sources.teacher, dtype, device, "teacher.model") if sources.teacher is not None else None
-    return Parts(sources, shape_of(trial, device), student, teacher, open_data(sources.data), device, dtype)
+    student = load_source(sources.student, dtype if trial.has_adapter else devices.FP32, device, "student.model")
+    data, teacher, store = open_data(sources.data), None, None
+    if sources.targets is not None:
+        store = open_store(Path(sources.targets.folder), sources.targets.recipe, sources.targets.bytes_of_row, data, device)
+    elif sources.teacher is not None:
+        teacher = load_source(sources.teacher, dtype, device, "teacher.model")
+    return Parts(sources, shape_of(trial, device), student, teacher, data, device, dtype, targets=store)
 
 
-def _load(source: ModelSource, dtype: torch.dtype, device: torch.device, where: str) -> nn.Module:
+def load_source(source: ModelSource, dtype: torch.dtype, device: torch.device, where: str) -> nn.Module:
     return models.load_model(source.path, dtype, str(device), source.revision, source.trust_remote_code, where)
 
 

@@ -7,27 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from neo_ray import devices, models
-from neo_ray.chunked import TeacherLogits, chunked_loss, projected_loss
+from neo_ray.chunked import chunked_loss, projected_loss
 from neo_ray.data import Batch
 from neo_ray.evaluate import Predicted
 from neo_ray.losses import LossSums, neo_loss, next_labels, scored
 from neo_ray.settings import TrialConfig
-
-
-@dataclass(frozen=True)
-class Taught:
-    """What the teacher says of a micro-batch's scored positions, in one of two forms."""
-
-    logits: TeacherLogits | None = None
-    projected: tuple[Tensor, Tensor] | None = None
-    """c_NH and constant_N of `chunked.projection`."""
+from neo_ray.teaching import Taught
 
 
 class Student(nn.Module):

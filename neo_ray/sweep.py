@@ -107,11 +107,13 @@ def _run_on_ray(
     import ray
 
     from neo_ray import cluster
+    from neo_ray.builder import TargetsFailed, head_soft_cap, stored_targets
     from neo_ray.lease import lease
     from neo_ray.prepare import make_student
     from neo_ray.progress import Progress
     from neo_ray.records import Journal, fold, settle, write_records
     from neo_ray.slot import log_to, slots_wait
+    from neo_ray.supply import choose
     from neo_ray.tuner import SweepFailed, run_trials
 
     announce("connecting to Ray" if config.resources.address else "starting Ray on this machine")
@@ -127,6 +129,8 @@ def _run_on_ray(
             _write_contract(config, identity)
             log_to(config.folder / "logs" / "driver.log")
             sources = make_student(config, sources, announce)
+            supply = choose(config, space, head_soft_cap(sources.student))
+            sources = stored_targets(config, supply, sources, slots * config.resources.workers_per_trial, announce)
             records = retried(settle(Journal(config.folder)), retry_failed)
             announce("starting workers (they load the models once, for all trials)")
             try:
@@ -136,7 +140,7 @@ def _run_on_ray(
                 if not lost.is_set():
                     write_records(config.folder, fold(Journal(config.folder).events()))
         return 0
-    except SweepFailed as error:
+    except (SweepFailed, TargetsFailed) as error:
         announce(f"error: {error}")
         return 1
     finally:

@@ -185,7 +185,35 @@ def is_whole(folder: Path, shard: Shard, rows: int, read: bool = True) -> bool:
 
 def missing(folder: Path, data: TokenData, wanted: Iterable[Shard]) -> list[Shard]:
     """Shards that are not there, or not as they were written."""
-    return [shard for shard in wanted if not is_whole(folder, shard, _num_rows(data.split(shard.split), shard))]
+    return [shard for shard in wanted if not is_whole(folder, shard, num_rows(data.split(shard.split), shard))]
+
+
+HEAD = "head.safetensors"
+
+
+def write_head(folder: Path, head: models.Head) -> None:
+    """The teacher's head, for a store of hidden states: whole or not at all, by whoever comes first or last."""
+    tensors = {name: tensor for name, tensor in (("weight_VH", head.weight_VH), ("bias_V", head.bias_V)) if tensor is not None}
+    settings = json.dumps({"soft_cap": head.soft_cap, "logit_scale": head.logit_scale})
+    part = folder / f".part-{uuid.uuid4().hex[:8]}"
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part, {"head": settings})
+        _sync(part)
+        os.replace(part, folder / HEAD)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _read_head(folder: Path, device: torch.device) -> models.Head:
+    with safe_open(folder / HEAD, framework="pt") as file:
+        tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}
+        return models.Head(tensors["weight_VH"], tensors.get("bias_V"), **json.loads(file.metadata()["head"]))
+
+
+def open_store(folder: Path, recipe: Recipe, bytes_of_row: int, data: TokenData, device: torch.device) -> Store:
+    """A store that `missing` finds whole."""
+    head = _read_head(folder, device) if recipe.mode == "hidden" else None
+    return Store(folder, recipe, data, shards(data, bytes_of_row), head)
 
 
 @dataclass
@@ -196,6 +224,8 @@ class Store:
     recipe: Recipe
     data: TokenData
     cut: list[Shard]
+    head: models.Head | None = None
+    """The teacher's, for hidden states."""
     opened: dict[str, Any] = field(default_factory=dict)
 
     def rows(self, split_name: str, indices: Sequence[int] | np.ndarray, device: torch.device) -> tuple[Tensor, ...]:
@@ -221,7 +251,7 @@ class Store:
 
     def _open(self, shard: Shard, split: Split) -> Any:
         if shard.name not in self.opened:
-            if not is_whole(self.folder, shard, _num_rows(split, shard)):
+            if not is_whole(self.folder, shard, num_rows(split, shard)):
                 raise RuntimeError(
                     f"targets: {self.folder / shard.name}.safetensors is not what was written; run the sweep again"
                 )
@@ -229,7 +259,8 @@ class Store:
         return self.opened[shard.name]
 
 
-def _num_rows(split: Split, shard: Shard) -> int:
+def num_rows(split: Split, shard: Shard) -> int:
+    """Scored positions of a shard."""
     return int(split.num_labels[shard.first : shard.last].sum())
 
 

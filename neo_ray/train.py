@@ -18,14 +18,15 @@ from torch import nn
 
 from neo_ray import adapters, checkpoints, devices, models, placement
 from neo_ray.batches import StepPlan, accumulation_steps, learning_rate, plan_steps
-from neo_ray.data import Batch, Split, collate
+from neo_ray.data import Split, collate
 from neo_ray.evaluate import evaluate
-from neo_ray.losses import IGNORED, scored
+from neo_ray.losses import IGNORED
 from neo_ray.memory import reduce_bucket_elements
 from neo_ray.parts import Parts, rank_and_world_size, sum_over_ranks
 from neo_ray.records import Stop
 from neo_ray.settings import TrialConfig
-from neo_ray.student import Student, Taught
+from neo_ray.student import Student
+from neo_ray.teaching import Taught, teach
 
 LINEAR = torch.nn.functional.linear
 """PyTorch's own. ZeRO-3 puts another in its place for good, which keeps more for the backward pass of any later trial."""
@@ -92,6 +93,7 @@ def train(
         "workers": world_size,
         "micro_batch_size": trial.training.micro_batch(world_size),
         "trained_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in parameters.values()),
+        "targets": parts.targets.recipe.mode if parts.targets is not None else "live" if parts.has_teacher else None,
         "resumed_from_step": state["step"],
         "setup_seconds": time.monotonic() - started,
     }
@@ -216,11 +218,12 @@ def optimizer_step(
     training, micro = trial.training, trial.training.micro_batch(world_size)
     for indices in plan.micro_batches(step, rank, world_size, micro, split.num_tokens):
         empty = len(indices) == 0  # this rank has no share of a last, partial batch: it takes part with a loss of 0
-        examples = split.examples(indices if not empty else plan.order[:1])
+        indices = plan.order[:1] if empty else indices
+        examples = split.examples(indices)
         batch = collate(examples, parts.sources.pad_id, parts.device, training.padding_side, training.packing)
         labels_BL = torch.full_like(batch.labels_BL, IGNORED) if empty else batch.labels_BL
         output = engine(batch.input_ids_BL, batch.attention_mask_BL, batch.position_ids_BL)
-        taught = _taught(parts, batch, labels_BL) if _is_taught(trial) else Taught()
+        taught = teach(parts, "train", indices, batch, labels_BL) if _is_taught(trial) else Taught()
         loss = engine.module.loss(output, labels_BL, taught, trial, parts.vocabulary)
         # DeepSpeed averages over ranks: undo that. The denominator counts every micro-batch of every rank.
         engine.backward(loss.total * (world_size / max(1, int(plan.labels[step]))), scale_wrt_gas=False)
@@ -233,15 +236,6 @@ def optimizer_step(
 def _is_taught(trial: TrialConfig) -> bool:
     """Does the teacher take part in the loss?"""
     return trial.has_teacher and trial.distill.kd_ratio > 0
-
-
-@torch.no_grad()
-def _taught(parts: Parts, batch: Batch, labels_BL: torch.Tensor) -> Taught:
-    """The live teacher's word, through its head where it is asked for."""
-    assert parts.teacher is not None
-    states_BLG = models.last_hidden(parts.teacher, batch.input_ids_BL, batch.attention_mask_BL, batch.position_ids_BL)
-    states_NG, head = scored(states_BLG, labels_BL, states_BLG.shape[-1]), models.output_head(parts.teacher)
-    return Taught(logits=lambda rows: head.logits(states_NG[rows], parts.vocabulary))
 
 
 def _check_packing(parts: Parts, trial: TrialConfig) -> None:

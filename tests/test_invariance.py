@@ -29,7 +29,8 @@ from neo_ray.data import Split, TokenData
 from neo_ray.losses import LossSums
 from neo_ray.parts import ModelSource, Parts, Sources, sum_over_ranks
 from neo_ray.settings import DeepSpeedConfig, DistillConfig, LoraConfig, TrainingConfig, TrialConfig
-from neo_ray.student import Student, Taught
+from neo_ray.student import Student
+from neo_ray.teaching import Taught
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-4

@@ -17,15 +17,16 @@ PACKAGE = Path(__file__).parent.parent / "neo_ray"
 
 ROOMS = {
     "facts": (
-        "__init__ assets config settings loading mistakes axes space trials records memory cautions refusals plan environment"
+        "__init__ assets config settings loading mistakes axes space trials records memory cautions refusals supply plan "
+        "environment"
     ),
     "training": (
         "adapters answers batches checkpoints chunked data devices evaluate local losses merging models parts placement "
         "prepare pruning "
-        "quickstart sources student targets train"
+        "quickstart sources student targets teaching train"
     ),
     "analysis": "card statistics effects evidence guidelines report",
-    "ray": "board cluster lease progress searcher slot tuner",
+    "ray": "board builder cluster lease progress searcher slot tuner",
     "doors": "analyze bench bench_loss bench_step bench_turns export sweep",
 }
 ROOM = {module: room for room, modules in ROOMS.items() for module in modules.split()}

@@ -1,0 +1,77 @@
+"""Where does the teacher's word come from: alive in every trial, or from a store that is filled once a sweep?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from neo_ray.config import SweepConfig
+from neo_ray.settings import ConfigError, is_named
+from neo_ray.space import Space
+
+HEADS = ("lm_head", "embed_out", "output", "embed_tokens", "wte")
+"""Layers that are a head, or are tied to one."""
+
+
+@dataclass(frozen=True)
+class Supply:
+    mode: Literal["live", "projection", "hidden"]
+    why: str
+    """In a few words, for the plan."""
+    temperature: float = 1.0
+    """Of the projections that trials train with."""
+
+
+def choose(config: SweepConfig, space: Space, soft_cap: float | None = None) -> Supply:
+    """What `targets.mode` comes to for this search space. `soft_cap`: the student head's, where it is known.
+
+    Raises:
+        ConfigError: the mode asked for is not exact here.
+    """
+    wanted = config.targets.mode
+    if config.teacher is None:
+        return Supply("live", "there is no teacher")
+    if wanted == "live":
+        return Supply("live", "as asked")
+    if len(space.reach("dtype")) > 1:
+        if wanted == "auto":
+            return Supply("live", "training.dtype is searched, and the teacher's numbers depend on it")
+        raise ConfigError(f"targets.mode: {wanted} is of one precision, and training.dtype is searched; allowed: live")
+    against = next(_against_projection(space, soft_cap), None)
+    if wanted == "projection" and against:
+        raise ConfigError(f"targets.mode: projection is not exact here: {against}; allowed: hidden, live, auto")
+    if wanted == "hidden" or against:
+        return Supply("hidden", against or "as asked")
+    (temperature,) = _temperatures(space)
+    return Supply("projection", "forward KL through a frozen head needs no more", temperature)
+
+
+def _against_projection(space: Space, soft_cap: float | None) -> Iterator[str]:
+    """Why a projection would not be exact."""
+    whole = [method for method in space.reach("method") if method in ("sft", "kd")]
+    if whole:
+        yield f"method {whole[0]} trains the student's head"
+    others = [divergence for divergence in space.reach("divergence") if divergence != "forward_kl"]
+    if others and _is_taught(space):
+        yield f"divergence {others[0]} needs the teacher's whole distribution"
+    if len(_temperatures(space)) > 1:
+        yield "distill.temperature is searched, and a projection has one"
+    if soft_cap is not None:
+        yield "the student's head has a soft-cap, and is not linear"
+    for name in ("modules_to_save", "target_modules"):
+        touched = [layer for value in space.reach(name) for layer in _layers(value) if any(is_named(h, (layer,)) for h in HEADS)]
+        if touched:
+            yield f"lora.{name}: {touched[0]} changes the student's head"
+
+
+def _temperatures(space: Space) -> list[float]:
+    return sorted({float(value) for value in space.reach("temperature")}) if _is_taught(space) else [1.0]
+
+
+def _is_taught(space: Space) -> bool:
+    return bool({"kd", "neo"} & set(space.reach("method")))
+
+
+def _layers(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or ())
