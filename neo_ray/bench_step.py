@@ -217,11 +217,16 @@ def _student_name(config: SweepConfig | None) -> str:
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
-    """DeepSpeed wants one, of one process too. It keeps groups of its own, and forgets them only if asked itself."""
+def process_group(device: torch.device, rank: int = 0, world_size: int = 1, meeting: Path | None = None) -> Iterator[None]:
+    """DeepSpeed wants one, of one process too. It keeps groups of its own, and forgets them only if asked itself.
+
+    Args:
+        meeting: a new file by which several processes find each other.
+    """
     import deepspeed.comm
 
-    dist.init_process_group(dist.get_default_backend_for_device(device), store=dist.HashStore(), rank=0, world_size=1)
+    store = dist.HashStore() if meeting is None else dist.FileStore(str(meeting), world_size)
+    dist.init_process_group(dist.get_default_backend_for_device(device), store=store, rank=rank, world_size=world_size)
     try:
         yield
     finally:

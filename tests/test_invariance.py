@@ -19,12 +19,12 @@ import datasets
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from tiny import VOCABULARY, make_llama
 
 from neo_ray import adapters, chunked, train
 from neo_ray.batches import plan_steps
+from neo_ray.bench_step import process_group
 from neo_ray.data import Split, TokenData
 from neo_ray.losses import LossSums
 from neo_ray.parts import ModelSource, Parts, Sources, sum_over_ranks
@@ -299,22 +299,10 @@ def counting() -> Iterator[list[int]]:
         Student.loss = loss  # type: ignore[method-assign]
 
 
-@contextmanager
-def process_group(rank: int, world_size: int, meeting: Path) -> Iterator[None]:
-    """DeepSpeed keeps groups of its own, and forgets them only if asked itself."""
-    import deepspeed.comm
-
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
-    try:
-        yield
-    finally:
-        (deepspeed.comm if deepspeed.comm.is_initialized() else dist).destroy_process_group()
-
-
 def work(rank: int, folder: Path) -> None:
     """One of two workers: takes its part in every case, and the first writes down what was found."""
     torch.set_num_threads(1)
-    with process_group(rank, 2, folder / "meeting"):
+    with process_group(CPU, rank, 2, folder / "meeting"):
         steps = Steps()
         found = {str(case): steps.take(case) for case in TOGETHER}
     if rank == 0:
@@ -322,8 +310,8 @@ def work(rank: int, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Steps]:
-    with process_group(0, 1, tmp_path_factory.mktemp("alone") / "meeting"):
+def alone() -> Iterator[Steps]:
+    with process_group(CPU):
         yield Steps()
     torch.nn.functional.linear = train.LINEAR
 

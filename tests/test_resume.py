@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import test_train
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from test_train import CPU, a_trial, curve
 
+from neo_ray import bench_step
 from neo_ray.parts import Sources, load_parts
 from neo_ray.settings import LoraConfig, TrialConfig
 from neo_ray.train import Outcome, train
@@ -46,14 +46,13 @@ def folder_of(root: Path, workers: int, stage: int) -> Path:
 def _two_workers(rank: int, root: Path, sources: Sources) -> None:
     """Go on with what one worker left, and leave the same for one worker."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{root}/meeting", rank=rank, world_size=2)
     found = {}
-    for stage in STAGES:
-        go(sources, stage, folder_of(root, 2, stage), stop=4)
-        found[stage] = go(sources, stage, folder_of(root, 1, stage))
+    with bench_step.process_group(CPU, rank, 2, root / "meeting"):
+        for stage in STAGES:
+            go(sources, stage, folder_of(root, 2, stage), stop=4)
+            found[stage] = go(sources, stage, folder_of(root, 1, stage))
     if rank == 0:
         torch.save(found, root / "found")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

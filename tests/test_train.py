@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from tiny import World
 
-from neo_ray import adapters, data, models
+from neo_ray import adapters, bench_step, data, models
 from neo_ray.config import DataConfig
 from neo_ray.parts import ModelSource, Parts, Sources, load_parts
 from neo_ray.records import Stop
@@ -34,9 +32,8 @@ def sources(tiny_world: World, tmp_path_factory: pytest.TempPathFactory) -> Sour
 
 @pytest.fixture(scope="module", autouse=True)
 def process_group() -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tempfile.mktemp()}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    with bench_step.process_group(CPU):
+        yield
 
 
 def a_trial(stage: int = 0, steps: int = 6, method: str = "neo", **changes: Any) -> TrialConfig:
@@ -162,12 +159,11 @@ def test_effective_scaling() -> None:
 
 def _worker(rank: int, world_size: int, meeting: str, sources: Sources, trial: TrialConfig, results: Any) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
-    rows: list[Row] = []
-    train(trial, load_parts(sources, trial, CPU), rows.append)
-    if rank == 0:
-        results.put(curve(rows))
-    dist.destroy_process_group()
+    with bench_step.process_group(CPU, rank, world_size, Path(meeting)):
+        rows: list[Row] = []
+        train(trial, load_parts(sources, trial, CPU), rows.append)
+        if rank == 0:
+            results.put(curve(rows))
 
 
 @pytest.mark.parametrize("stage", [0, 2])
