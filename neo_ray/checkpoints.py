@@ -38,8 +38,8 @@ def gather_moments(engine: Any, parameters: dict[str, nn.Parameter]) -> dict[str
 
 
 def restore(engine: Any, parameters: dict[str, nn.Parameter], tensors: dict[str, torch.Tensor], step: int) -> None:
-    """Put weights and moments (as gathered) into a fresh engine that is to go on after `step` optimizer steps."""
-    _create_moments(engine, step)
+    """Put weights and moments (as gathered) into a fresh engine that is to go on after `step` updates of the weights."""
+    create_moments(engine, step)
     for name, parameter in parameters.items():
         _set_full(engine, parameter, tensors[name], None)
         for moment in MOMENTS:
@@ -120,7 +120,7 @@ def _set_full(engine: Any, parameter: nn.Parameter, value: torch.Tensor, moment:
         parameter.data.copy_(value)
 
 
-def _create_moments(engine: Any, step: int) -> None:
+def create_moments(engine: Any, step: int) -> None:
     """AdamW makes its state in its first step; a restored one must have it before."""
     if _stage(engine) == 0:
         masters = [p for group in engine.basic_optimizer.param_groups for p in group["params"]]

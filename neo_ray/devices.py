@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-FP32, BF16 = torch.float32, torch.bfloat16
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 ALLOCATION_FAILED = ("can't allocate memory", "not enough memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """What torch's allocators and CUDA's libraries say in plain RuntimeErrors."""
 
@@ -24,7 +24,7 @@ def local_device() -> torch.device:
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """`auto` is bf16 where the device multiplies it natively, otherwise fp32 (an emulated bf16 is slower than fp32)."""
     if name != "auto":
-        return {"bf16": BF16, "fp32": FP32}[name]
+        return {"bf16": BF16, "fp16": FP16, "fp32": FP32}[name]
     if device.type == "cuda":
         return BF16 if torch.cuda.is_bf16_supported(including_emulation=False) else FP32
     return BF16 if torch.cpu._is_avx512_bf16_supported() else FP32

@@ -211,7 +211,7 @@ def _is_adapted(name: str, wanted: str | tuple[str, ...]) -> bool:
 def compute_bytes(config: SweepConfig, trial: TrialConfig) -> int:
     """Bytes of a number in the compute dtype. `auto` is bf16 on a GPU (assumption: a current one) and on a CPU that has it."""
     if trial.training.dtype != "auto":
-        return {"bf16": BF16, "fp32": FP32}[trial.training.dtype]
+        return {"bf16": BF16, "fp16": BF16, "fp32": FP32}[trial.training.dtype]
     if config.resources.gpus_per_worker > 0:
         return BF16
     try:

@@ -7,14 +7,25 @@ from collections.abc import Iterator
 from neo_ray.config import SweepConfig
 from neo_ray.settings import ConfigError, TrialConfig
 
-DECIDING = ("zero_stage", "offload_optimizer", "offload_parameters", "nvme_path")
+DECIDING = ("dtype", "zero_stage", "offload_optimizer", "offload_parameters", "nvme_path")
 """The leaves that the checks read: every combination of them that a sweep can have is looked at."""
 
 
 def check(config: SweepConfig, trial: TrialConfig) -> None:
     """Raises ConfigError for the first thing in a trial of this sweep that cannot be."""
-    for message in _offload(config, trial):
-        raise ConfigError(message)
+    for rule in (_precision, _offload):
+        for message in rule(config, trial):
+            raise ConfigError(message)
+
+
+def _precision(config: SweepConfig, trial: TrialConfig) -> Iterator[str]:
+    if trial.training.dtype == "fp16" and not config.resources.gpus_per_worker:
+        yield "training.dtype: fp16 needs workers with a GPU (resources.gpus_per_worker is 0); on CPUs: auto, bf16 or fp32"
+    if (
+        trial.training.dtype == "fp16"
+        and (trial.deepspeed.extra.get("zero_optimization") or {}).get("compute_grad_norm") is False
+    ):
+        yield "deepspeed.extra: training.dtype fp16 finds overflows by the gradient norm, and `compute_grad_norm: false` has none"
 
 
 def _offload(config: SweepConfig, trial: TrialConfig) -> Iterator[str]:

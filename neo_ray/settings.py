@@ -125,8 +125,8 @@ class TrainingConfig(Section):
     beta2: float = Field(0.999, ge=0, lt=1)
     max_grad_norm: float = Field(1.0, ge=0)
     """Clip the global gradient norm; 0 switches it off."""
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """`auto`: bf16 where the device computes it natively, otherwise fp32."""
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """`auto`: bf16 where the device computes it natively, otherwise fp32. `fp16`: for GPUs without bf16; the loss is scaled."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of each label spread over the vocabulary in the training cross-entropy; the held-out one has none."""
     packing: bool = False

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from neo_ray import adapters, checkpoints, devices, models, placement
+from neo_ray import adapters, checkpoints, devices, models, placement, scaling
 from neo_ray.batches import StepPlan, accumulation_steps, learning_rate, plan_steps
 from neo_ray.data import Split, collate
 from neo_ray.evaluate import evaluate
@@ -85,7 +85,11 @@ def train(
     resumed = checkpoints.latest(checkpoint_folder) if checkpoint_folder is not None else None
     if resumed is not None:
         state |= checkpoints.load_state(resumed)
-        checkpoints.restore(engine, parameters, checkpoints.load_tensors(resumed), state["step"])
+        if engine.fp16_scale is not None:
+            engine.fp16_scale = scaling.LossScale(**state["fp16_scale"])
+        checkpoints.restore(engine, parameters, checkpoints.load_tensors(resumed), state["step"] - _skipped(engine))
+    elif engine.fp16_scale is not None:  # a checkpoint may come before the first step that is not skipped
+        checkpoints.create_moments(engine, 0)
     details = {
         "baseline": baseline,
         "device": devices.describe(parts.device),
@@ -110,7 +114,8 @@ def train(
         }
 
     def keep(folder: Path) -> None:
-        _save(engine, parameters, folder, state | {"step": step, "window": window.tolist()} | _clock(totals()))
+        scale = {} if engine.fp16_scale is None else {"fp16_scale": engine.fp16_scale.state()}
+        _save(engine, parameters, folder, state | {"step": step, "window": window.tolist()} | scale | _clock(totals()))
 
     step = state["step"]
     if rank == 0:
@@ -131,6 +136,8 @@ def train(
         if not torch.isfinite(torch.tensor(total)):
             where = f"step {step} of {plan.num_steps} (learning rate {rate:.3g})"
             outcome = Outcome("FAILED", "diverged", f"loss is {total} at {where}")
+        elif engine.fp16_scale is not None and engine.fp16_scale.hopeless:
+            outcome = Outcome("FAILED", "diverged", f"gradients overflow at every loss scale at step {step} of {plan.num_steps}")
         elif due is not None:
             scores = evaluate(student.predict, parts, "select", trial.evaluation).named("select")
             student.train()
@@ -159,6 +166,8 @@ def train(
         if rank == 0 and folder is not None and trial.has_adapter:
             adapters.save_adapter(student.model, weights, folder / "adapter")
         outcome = Outcome("COMPLETE", metrics=metrics)
+    if engine.fp16_scale is not None:
+        details |= {"skipped_steps": _skipped(engine), "loss_scale": engine.fp16_scale.value}
     final = _worst(totals(), parts)
     engine.destroy()
     torch.nn.functional.linear = LINEAR
@@ -202,7 +211,7 @@ def build_engine(student: Student, parameters: dict[str, nn.Parameter], trial: T
     engine = deepspeed.initialize(model=student, optimizer=optimizer, model_parameters=list(parameters.values()), config=config)[
         0
     ]
-    engine.swap_folder = swap
+    engine.swap_folder, engine.fp16_scale = swap, scaling.LossScale() if student.dtype == devices.FP16 else None
     return engine
 
 
@@ -226,11 +235,16 @@ def optimizer_step(
         taught = teach(parts, "train", indices, batch, labels_BL) if _is_taught(trial) else Taught()
         loss = engine.module.loss(output, labels_BL, taught, trial, parts.vocabulary)
         # DeepSpeed averages over ranks: undo that. The denominator counts every micro-batch of every rank.
-        engine.backward(loss.total * (world_size / max(1, int(plan.labels[step]))), scale_wrt_gas=False)
+        scaling.backward(engine, loss.total * (world_size / max(1, int(plan.labels[step]))), engine.fp16_scale)
         sums += torch.stack([loss.total.detach(), loss.ce, loss.kd]).double()
-        engine.step()
+        scaling.step(engine, engine.fp16_scale)
     total, ce, kd = sums.tolist()
     return total, ce, kd
+
+
+def _skipped(engine: Any) -> int:
+    """Steps so far whose gradients overflowed in fp16: the weights are as they were before."""
+    return engine.fp16_scale.skipped_steps if engine.fp16_scale is not None else 0
 
 
 def _is_taught(trial: TrialConfig) -> bool:

@@ -22,8 +22,7 @@ ROOMS = {
     ),
     "training": (
         "adapters answers batches checkpoints chunked data devices evaluate local losses merging models parts placement "
-        "prepare pruning "
-        "quickstart sources student targets teaching train"
+        "prepare pruning quickstart scaling sources student targets teaching train"
     ),
     "analysis": "card statistics effects evidence guidelines report",
     "ray": "board builder cluster lease progress searcher slot tuner",

@@ -19,6 +19,12 @@ def deepspeed(**settings: Any) -> dict[str, Any]:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"training": {"dtype": "fp16"}}, "training.dtype: fp16 needs workers with a GPU (resources.gpus_per_worker is 0)"),
+    ({"search": {"dtype": {"grid": ["bf16", "fp16"]}}}, "training.dtype: fp16 needs workers with a GPU"),
+    (
+        {"training": {"dtype": "fp16"}, **deepspeed(extra={"zero_optimization": {"compute_grad_norm": False}})},
+        "deepspeed.extra: training.dtype fp16 finds overflows by the gradient norm",
+    ),
     (deepspeed(zero_stage=0, offload_optimizer="cpu"), "deepspeed.offload_optimizer: cpu needs deepspeed.zero_stage 1, 2 or 3"),
     (deepspeed(offload_parameters="cpu"), "deepspeed.offload_parameters: cpu needs deepspeed.zero_stage 3 (got 2)"),
     (deepspeed(nvme_path="/mnt", offload_optimizer="nvme"), "deepspeed.offload_optimizer: nvme needs deepspeed.zero_stage 3"),
@@ -37,6 +43,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (deepspeed(extra={"zero_force_ds_cpu_optimizer": True}), "deepspeed.extra: `zero_force_ds_cpu_optimizer` is set by neo_ray"),
 ]
 ALLOWED: list[dict[str, Any]] = [
+    {"training": {"dtype": "fp16"}, "resources": GPU},
     {"deepspeed": {"zero_stage": 1, "offload_optimizer": "cpu"}},
     {"deepspeed": {"zero_stage": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu"}},
     deepspeed(**NVME, offload_optimizer="nvme", offload_parameters="nvme"),
