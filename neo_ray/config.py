@@ -14,6 +14,8 @@ from pydantic import Field, field_validator, model_validator
 
 from neo_ray.settings import Section, TrialConfig
 
+Placement = Literal["replicated", "sharded", "offloaded"]
+
 
 class TeacherConfig(Section):
     model: str
@@ -22,6 +24,9 @@ class TeacherConfig(Section):
     """Hub revision; pin it for a sweep that others repeat."""
     trust_remote_code: bool = False
     """Run Python code that ships with the model. Off unless you read that code."""
+    placement: Placement = "replicated"
+    """Where the frozen weights are: whole on each worker's device; `sharded` over the devices of a trial's workers; `offloaded`:
+    in host memory, likewise shared out. The latter two bring in a layer at a time. Logits are the same."""
 
 
 class PruneConfig(Section):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from neo_ray import models
+from neo_ray import models, placement
 from neo_ray.data import Batch, Split, collate
 from neo_ray.losses import next_labels, scored
 from neo_ray.parts import Parts, rank_and_world_size, sum_over_ranks
@@ -66,9 +66,10 @@ def evaluate(predict: Predict, parts: Parts, split_name: str, settings: Evaluati
         number = number if counts else 0
         batch = collate(split.examples(batches[number]), parts.sources.pad_id, device=str(parts.device))
         predicted = predict(batch, parts.vocabulary)
-        if counts:
-            taught = teach_once(parts, split_name, batches[number], batch)
-            sums += _batch_sums(predicted, taught, next_labels(batch.labels_BL), split.num_bytes[batches[number]].sum())
+        taught = teach_once(parts, split_name, batches[number], batch)  # by every rank: the teacher may be sharded
+        with placement.head_in_full(parts.teacher):
+            found = _batch_sums(predicted, taught, next_labels(batch.labels_BL), split.num_bytes[batches[number]].sum())
+        sums += found if counts else 0
     ce, kl, tokens, num_bytes = sum_over_ranks(sums.to(parts.device)).tolist()
     bits = ce / math.log(2) / num_bytes if num_bytes else math.nan
     return Scores(ce / tokens, bits, kl / tokens if parts.has_teacher else None, int(tokens))

@@ -243,7 +243,7 @@ def memory_per_worker(config: SweepConfig, trial: TrialConfig, teacher: ModelSha
     packed = trial.training.packing and trial.training.micro_batch(config.resources.workers_per_trial) > 1
     return {
         "frozen student": (0 if elsewhere[1] else frozen * size // shards[3]) + gathered,
-        "teacher": teacher.num_parameters * size if teacher else 0,
+        "teacher": _teacher_bytes(config, teacher, size) if teacher else 0,
         "trained weights": trained * trained_bytes // shards[3],
         "gradients": trained * FP32 // shards[2],
         "optimizer": 0 if elsewhere[0] else trained * (2 * FP32 + (FP32 if stage else 0)) // shards[1],
@@ -252,6 +252,16 @@ def memory_per_worker(config: SweepConfig, trial: TrialConfig, teacher: ModelSha
         "logits and loss": loss_bytes(config, trial, student, size),
         "runtime": RUNTIME_BYTES["gpu" if config.resources.gpus_per_worker else "cpu"],
     }
+
+
+def _teacher_bytes(config: SweepConfig, shape: ModelShape, size: int) -> int:
+    """Shared out, a worker has its share and the layer that is at work, or the head."""
+    placement = config.teacher.placement if config.teacher else "replicated"
+    if placement == "replicated":
+        return shape.num_parameters * size
+    share = shape.num_parameters // config.resources.workers_per_trial
+    share = 0 if placement == "offloaded" and config.resources.gpus_per_worker else share
+    return (share + max(shape.layer_parameters, shape.vocab_size * shape.hidden_size)) * size
 
 
 def activation_bytes(num_tokens: int, trial: TrialConfig, shape: ModelShape, size: int, packed: bool = False) -> int:

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from neo_ray import devices, models
+from neo_ray import devices, models, placement
+from neo_ray.config import Placement
 from neo_ray.data import TokenData, open_data
 from neo_ray.settings import TrialConfig
 from neo_ray.targets import Recipe, Store, open_store
@@ -45,6 +46,7 @@ class Sources:
     vocabulary: int = 0
     """Token ids that teacher and student share; logits beyond it belong to padding rows."""
     pad_id: int = 0
+    teacher_placement: Placement = "replicated"
     targets: TargetSource | None = None
     """Where there is one, no worker loads the teacher."""
 
@@ -94,11 +96,14 @@ def load_parts(sources: Sources, trial: TrialConfig, device: torch.device) -> Pa
     if sources.targets is not None:
         store = open_store(Path(sources.targets.folder), sources.targets.recipe, sources.targets.bytes_of_row, data, device)
     elif sources.teacher is not None:
-        teacher = load_source(sources.teacher, dtype, device, "teacher.model")
+        begun = device if sources.teacher_placement == "replicated" else torch.device("cpu")
+        teacher = load_source(sources.teacher, dtype, begun, "teacher.model")
+        placement.place(teacher, sources.teacher_placement, device)
     return Parts(sources, shape_of(trial, device), student, teacher, data, device, dtype, targets=store)
 
 
 def load_source(source: ModelSource, dtype: torch.dtype, device: torch.device, where: str) -> nn.Module:
+    """The model of a source, frozen."""
     return models.load_model(source.path, dtype, str(device), source.revision, source.trust_remote_code, where)
 
 

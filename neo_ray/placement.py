@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
+from neo_ray import devices
+from neo_ray.config import Placement
 from neo_ray.settings import ConfigError, DeepSpeedConfig
 
 
@@ -43,3 +48,41 @@ def swap_folder(deepspeed: DeepSpeedConfig) -> tempfile.TemporaryDirectory[str] 
         return tempfile.TemporaryDirectory(prefix="neo_ray-", dir=deepspeed.nvme_path, ignore_cleanup_errors=True)
     except OSError as error:
         raise ConfigError(f"deepspeed.nvme_path: {deepspeed.nvme_path} cannot be written: {error.strerror or error}") from None
+
+
+def place(model: nn.Module, wanted: Placement, device: torch.device) -> None:
+    """Share out a frozen model's weights, in place: ZeRO-3 for inference. It is still called as before, by all workers at once.
+
+    Args:
+        model: in host memory. A weight at a time is taken to the device and given out from there.
+        wanted: `sharded` keeps each worker's share on its device, `offloaded` in its host memory; `replicated` does nothing.
+    """
+    if wanted == "replicated":
+        return
+    devices.prepare_deepspeed()
+    import deepspeed
+
+    linear = torch.nn.functional.linear
+    offload = {"offload_param": {"device": "cpu"}} if wanted == "offloaded" else {}
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3, **offload}, "steps_per_print": 10**9}
+    remote = "cpu" if wanted == "offloaded" else None
+    dtype = next(model.parameters()).dtype
+    deepspeed.zero.Init(module=model, dtype=dtype, config_dict_or_path=config, remote_device=remote, pin_memory=True)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
+    engine = deepspeed.initialize(model=model, config=config)[0]
+    vars(model)["engine"] = engine  # its hooks bring the weights in; as an attribute proper it would be a part of itself
+    torch.nn.functional.linear = linear
+
+
+@contextmanager
+def head_in_full(model: Any) -> Iterator[None]:
+    """The output head's weights outside of a forward pass, where the model was shared out; every worker enters."""
+    shared = [p for p in model.get_output_embeddings().parameters() if hasattr(p, "ds_id")] if model is not None else []
+    if not shared:
+        yield
+        return
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters(shared):
+        yield

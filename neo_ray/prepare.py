@@ -61,7 +61,8 @@ def prepare(config: SweepConfig, announce: Announce) -> Sources:
         models.check_context(config.data.max_length, teacher.path, other, "teacher.model")
     folder = data.prepare(config.data, local(config.data.source), tokenizer, config.cache, announce)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return Sources(student, str(folder.resolve()), teacher, vocabulary, pad or 0)
+    placement = config.teacher.placement if config.teacher is not None else "replicated"
+    return Sources(student, str(folder.resolve()), teacher, vocabulary, pad or 0, placement)
 
 
 def identities(config: SweepConfig, sources: Sources) -> dict[str, str]:

@@ -13,7 +13,7 @@ DECIDING = ("dtype", "zero_stage", "offload_optimizer", "offload_parameters", "n
 
 def check(config: SweepConfig, trial: TrialConfig) -> None:
     """Raises ConfigError for the first thing in a trial of this sweep that cannot be."""
-    for rule in (_precision, _offload):
+    for rule in (_precision, _offload, _teacher):
         for message in rule(config, trial):
             raise ConfigError(message)
 
@@ -42,3 +42,11 @@ def _offload(config: SweepConfig, trial: TrialConfig) -> Iterator[str]:
             yield f"{where} needs workers with a GPU (resources.gpus_per_worker is 0); on CPUs: none or cpu"
     if deepspeed.nvme_path and "nvme" not in given.values():
         yield "deepspeed.nvme_path: nothing is offloaded there; give deepspeed.offload_optimizer or offload_parameters: nvme"
+
+
+def _teacher(config: SweepConfig, trial: TrialConfig) -> Iterator[str]:
+    if config.teacher is not None and config.teacher.placement == "sharded" and config.resources.workers_per_trial < 2:
+        yield (
+            "teacher.placement: sharded needs resources.workers_per_trial of at least 2 "
+            f"(got {config.resources.workers_per_trial}); with one: replicated or offloaded"
+        )

@@ -34,10 +34,11 @@ def choose(config: SweepConfig, space: Space, soft_cap: float | None = None) -> 
         return Supply("live", "there is no teacher")
     if wanted == "live":
         return Supply("live", "as asked")
-    if len(space.reach("dtype")) > 1:
-        if wanted == "auto":
-            return Supply("live", "training.dtype is searched, and the teacher's numbers depend on it")
-        raise ConfigError(f"targets.mode: {wanted} is of one precision, and training.dtype is searched; allowed: live")
+    alive = next(_against_a_store(config, space), None)
+    if alive and wanted != "auto":
+        raise ConfigError(f"targets.mode: {wanted} cannot be: {alive}; allowed: live, auto")
+    if alive:
+        return Supply("live", alive)
     against = next(_against_projection(space, soft_cap), None)
     if wanted == "projection" and against:
         raise ConfigError(f"targets.mode: projection is not exact here: {against}; allowed: hidden, live, auto")
@@ -45,6 +46,14 @@ def choose(config: SweepConfig, space: Space, soft_cap: float | None = None) -> 
         return Supply("hidden", against or "as asked")
     (temperature,) = _temperatures(space)
     return Supply("projection", "forward KL through a frozen head needs no more", temperature)
+
+
+def _against_a_store(config: SweepConfig, space: Space) -> Iterator[str]:
+    """Why the teacher has to be alive in every trial."""
+    if len(space.reach("dtype")) > 1:
+        yield "training.dtype is searched, and the teacher's numbers depend on it"
+    if config.teacher is not None and config.teacher.placement != "replicated":
+        yield f"teacher.placement: {config.teacher.placement} takes all workers of a trial"
 
 
 def _against_projection(space: Space, soft_cap: float | None) -> Iterator[str]:

@@ -233,7 +233,8 @@ def optimizer_step(
         labels_BL = torch.full_like(batch.labels_BL, IGNORED) if empty else batch.labels_BL
         output = engine(batch.input_ids_BL, batch.attention_mask_BL, batch.position_ids_BL)
         taught = teach(parts, "train", indices, batch, labels_BL) if _is_taught(trial) else Taught()
-        loss = engine.module.loss(output, labels_BL, taught, trial, parts.vocabulary)
+        with placement.head_in_full(parts.teacher if _is_taught(trial) else None):
+            loss = engine.module.loss(output, labels_BL, taught, trial, parts.vocabulary)
         # DeepSpeed averages over ranks: undo that. The denominator counts every micro-batch of every rank.
         scaling.backward(engine, loss.total * (world_size / max(1, int(plan.labels[step]))), engine.fp16_scale)
         sums += torch.stack([loss.total.detach(), loss.ce, loss.kd]).double()

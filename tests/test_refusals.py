@@ -37,12 +37,18 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "deepspeed.offload_optimizer: cpu needs deepspeed.zero_stage 1, 2 or 3 (got 0)",
     ),
     (
+        {"teacher": {"model": "t", "placement": "sharded"}},
+        "teacher.placement: sharded needs resources.workers_per_trial of at least 2 (got 1)",
+    ),
+    (
         deepspeed(extra={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}),
         "deepspeed.extra: `offload_optimizer` must be a mapping, without `device` and `nvme_path`: use `deepspeed.offload",
     ),
     (deepspeed(extra={"zero_force_ds_cpu_optimizer": True}), "deepspeed.extra: `zero_force_ds_cpu_optimizer` is set by neo_ray"),
 ]
 ALLOWED: list[dict[str, Any]] = [
+    {"teacher": {"model": "t", "placement": "offloaded"}},
+    {"teacher": {"model": "t", "placement": "sharded"}, "resources": {"workers_per_trial": 2}},
     {"training": {"dtype": "fp16"}, "resources": GPU},
     {"deepspeed": {"zero_stage": 1, "offload_optimizer": "cpu"}},
     {"deepspeed": {"zero_stage": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu"}},
