@@ -255,7 +255,10 @@ def _prepare(layer: Any, variant: str, cache: dict[Any, Any], name: str) -> None
     if variant == "moslora":
         layer.lora_B[ADAPTER] = Mixed(layer.lora_B[ADAPTER])
     elif variant == "dora":  # peft takes the norm in the base's dtype: in bf16 the start would be no identity
-        layer.lora_magnitude_vector[ADAPTER].weight.data = layer.get_base_layer().weight.float().norm(dim=1)
+        from peft.utils.integrations import dequantize_module_weight
+
+        weight = dequantize_module_weight(layer.get_base_layer())  # as it is, where it is not quantised
+        layer.lora_magnitude_vector[ADAPTER].weight.data = weight.float().norm(dim=1)
     elif variant in ("pissa", "olora"):
         down, up = _factors(layer, variant, cache, name)
         for tensor in (down, up):

@@ -47,7 +47,7 @@ def stored_targets(config: SweepConfig, supply: Supply, sources: Sources, worker
         mode=supply.mode,
         data=data.fingerprint,
         teacher=models.identity(sources.teacher.path, sources.teacher.revision),
-        dtype=f"{config.training.dtype} on {'a GPU' if config.resources.gpus_per_worker else 'a CPU'}",
+        dtype=f"{config.training.dtype} on {'a GPU' if config.resources.gpus_per_worker else 'a CPU'}, {sources.teacher.quantization}",
         vocabulary=sources.vocabulary,
         temperature=supply.temperature if supply.mode == "projection" else 1.0,
         head=models.identity(sources.student.path, sources.student.revision) if supply.mode == "projection" else None,

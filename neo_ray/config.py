@@ -15,6 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from neo_ray.settings import Section, TrialConfig
 
 Placement = Literal["replicated", "sharded", "offloaded"]
+Quantization = Literal["none", "8bit", "4bit"]
 
 
 class TeacherConfig(Section):
@@ -27,6 +28,8 @@ class TeacherConfig(Section):
     placement: Placement = "replicated"
     """Where the frozen weights are: whole on each worker's device; `sharded` over the devices of a trial's workers; `offloaded`:
     in host memory, likewise shared out. The latter two bring in a layer at a time. Logits are the same."""
+    quantization: Quantization = "none"
+    """Linear layers in fewer bits (bitsandbytes, on a GPU): 8bit is LLM.int8, 4bit is NF4 with quantised scales."""
 
 
 class PruneConfig(Section):
@@ -59,6 +62,8 @@ class StudentConfig(Section):
     """Make the student from the teacher by dropping layers."""
     revision: str | None = None
     trust_remote_code: bool = False
+    quantization: Quantization = "none"
+    """As of the teacher, under an adapter (4bit: QLoRA). An export merges into the plain weights, and says what that changes."""
 
     @model_validator(mode="after")
     def _one_of(self) -> StudentConfig:

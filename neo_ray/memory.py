@@ -238,11 +238,15 @@ def memory_per_worker(config: SweepConfig, trial: TrialConfig, teacher: ModelSha
         if shards[3] > 1 or trial.deepspeed.offload_parameters != "none"
         else 0
     )
+    bits = config.student.quantization
     places = (trial.deepspeed.offload_optimizer, trial.deepspeed.offload_parameters)
     elsewhere = [config.resources.gpus_per_worker > 0 and place != "none" for place in places]  # host memory is not a GPU's
     packed = trial.training.packing and trial.training.micro_batch(config.resources.workers_per_trial) > 1
     return {
-        "frozen student": (0 if elsewhere[1] else frozen * size // shards[3]) + gathered,
+        "frozen student": (
+            0 if elsewhere[1] else _frozen_bytes(student, size, bits) if frozen and bits != "none" else frozen * size // shards[3]
+        )
+        + gathered,
         "teacher": _teacher_bytes(config, teacher, size) if teacher else 0,
         "trained weights": trained * trained_bytes // shards[3],
         "gradients": trained * FP32 // shards[2],
@@ -254,11 +258,19 @@ def memory_per_worker(config: SweepConfig, trial: TrialConfig, teacher: ModelSha
     }
 
 
+def _frozen_bytes(shape: ModelShape, size: int, quantization: str) -> int:
+    """A whole frozen model. Quantised are the linear layers of its blocks; 4 bits have scales of half a bit at most."""
+    if quantization == "none":
+        return shape.num_parameters * size
+    linear = shape.num_layers * shape.layer_parameters
+    return (shape.num_parameters - linear) * size + linear * {"8bit": 16, "4bit": 9}[quantization] // 16
+
+
 def _teacher_bytes(config: SweepConfig, shape: ModelShape, size: int) -> int:
     """Shared out, a worker has its share and the layer that is at work, or the head."""
     placement = config.teacher.placement if config.teacher else "replicated"
     if placement == "replicated":
-        return shape.num_parameters * size
+        return _frozen_bytes(shape, size, config.teacher.quantization if config.teacher else "none")
     share = shape.num_parameters // config.resources.workers_per_trial
     share = 0 if placement == "offloaded" and config.resources.gpus_per_worker else share
     return (share + max(shape.layer_parameters, shape.vocab_size * shape.hidden_size)) * size

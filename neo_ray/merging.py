@@ -21,6 +21,7 @@ def merge(sources: Sources, adapter: Path, folder: Path, dtype: torch.dtype) -> 
     """Write the base with the adapter in its weights: safetensors in `dtype`, config, generation config and tokenizer.
 
     Merged in fp32 in host memory; only what is written is rounded. Plain transformers loads the folder.
+    The base is the plain one, also where the trial had it quantised.
 
     Raises:
         ConfigError: the base cannot be loaded.

@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from neo_ray.config import Quantization
 from neo_ray.local import locate_model
 from neo_ray.memory import cached_snapshot
 from neo_ray.quickstart import without_progress_bars
@@ -58,8 +59,11 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     where: str = "model",
+    quantization: Quantization = "none",
 ) -> Any:
     """A frozen causal language model in evaluation mode, read from safetensors straight into `dtype` on `device`.
+
+    Quantised, its linear layers but the head have fewer bits and compute in `dtype`; all else is as it was.
 
     Raises:
         ConfigError: at YAML path `where`: not found, not reachable, no safetensors, missing weights, an unknown kind of head.
@@ -73,6 +77,7 @@ def load_model(
             revision=revision,
             trust_remote_code=trust_remote_code,
             device_map=None if str(device) == "cpu" else {"": device},
+            quantization_config=_quantised(quantization, dtype),
             output_loading_info=True,
         )
     network, report = loaded
@@ -82,6 +87,16 @@ def load_model(
     network.eval().requires_grad_(False)
     _prove_head(network, where)
     return network
+
+
+def _quantised(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if quantization == "4bit":  # QLoRA (arXiv 2305.14314)
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    return None
 
 
 def read_config(model: str, revision: str | None = None, trust_remote_code: bool = False, where: str = "model") -> Any:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from neo_ray import devices, models, placement
-from neo_ray.config import Placement
+from neo_ray.config import Placement, Quantization
 from neo_ray.data import TokenData, open_data
 from neo_ray.settings import TrialConfig
 from neo_ray.targets import Recipe, Store, open_store
@@ -25,6 +25,7 @@ class ModelSource:
     """A folder or a hub name."""
     revision: str | None = None
     trust_remote_code: bool = False
+    quantization: Quantization = "none"
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ def load_parts(sources: Sources, trial: TrialConfig, device: torch.device) -> Pa
 
 def load_source(source: ModelSource, dtype: torch.dtype, device: torch.device, where: str) -> nn.Module:
     """The model of a source, frozen."""
-    return models.load_model(source.path, dtype, str(device), source.revision, source.trust_remote_code, where)
+    trust, bits = source.trust_remote_code, source.quantization
+    return models.load_model(source.path, dtype, str(device), source.revision, trust, where, quantization=bits)
 
 
 def rank_and_world_size() -> tuple[int, int]:

@@ -35,7 +35,7 @@ def prepare(config: SweepConfig, announce: Announce) -> Sources:
     def model_source(section: TeacherConfig | StudentConfig | None) -> ModelSource | None:
         if section is None or section.model is None:
             return None
-        return ModelSource(local(section.model), section.revision, section.trust_remote_code)
+        return ModelSource(local(section.model), section.revision, section.trust_remote_code, section.quantization)
 
     teacher, named = model_source(config.teacher), model_source(config.student)
     student, where = (named, "student.model") if named is not None else (teacher, "teacher.model")
@@ -62,6 +62,7 @@ def prepare(config: SweepConfig, announce: Announce) -> Sources:
     folder = data.prepare(config.data, local(config.data.source), tokenizer, config.cache, announce)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     placement = config.teacher.placement if config.teacher is not None else "replicated"
+    student = dataclasses.replace(student, quantization=config.student.quantization)  # a pruned one begins as the teacher
     return Sources(student, str(folder.resolve()), teacher, vocabulary, pad or 0, placement)
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 
 from neo_ray.config import SweepConfig
 from neo_ray.settings import ConfigError, TrialConfig
 
-DECIDING = ("dtype", "zero_stage", "offload_optimizer", "offload_parameters", "nvme_path")
+DECIDING = ("method", "variant", "modules_to_save", "dtype", "zero_stage", "offload_optimizer", "offload_parameters", "nvme_path")
 """The leaves that the checks read: every combination of them that a sweep can have is looked at."""
 
 
 def check(config: SweepConfig, trial: TrialConfig) -> None:
     """Raises ConfigError for the first thing in a trial of this sweep that cannot be."""
-    for rule in (_precision, _offload, _teacher):
+    for rule in (_precision, _offload, _teacher, _quantization):
         for message in rule(config, trial):
             raise ConfigError(message)
 
@@ -50,3 +51,36 @@ def _teacher(config: SweepConfig, trial: TrialConfig) -> Iterator[str]:
             "teacher.placement: sharded needs resources.workers_per_trial of at least 2 "
             f"(got {config.resources.workers_per_trial}); with one: replicated or offloaded"
         )
+
+
+def _quantization(config: SweepConfig, trial: TrialConfig) -> Iterator[str]:
+    given = {"student": config.student.quantization, "teacher": config.teacher.quantization if config.teacher else "none"}
+    for side, bits in given.items():
+        where = f"{side}.quantization: {bits}"
+        if bits != "none" and not config.resources.gpus_per_worker:
+            yield f"{where} needs workers with a GPU (resources.gpus_per_worker is 0); on CPUs: none"
+    if config.teacher is not None and given["teacher"] != "none" and config.teacher.placement != "replicated":
+        yield f"teacher.quantization: {given['teacher']} goes with teacher.placement replicated (got {config.teacher.placement})"
+    if given["student"] == "none":
+        return
+    where = f"student.quantization: {given['student']}"
+    if not trial.has_adapter:
+        yield f"{where} cannot be trained whole, as method {trial.method} does; with an adapter: lora, neo"
+    if trial.deepspeed.zero_stage == 3:
+        yield f"{where} cannot be partitioned by deepspeed.zero_stage 3; with it: 0, 1 or 2"
+    if trial.lora.variant in ("pissa", "olora"):
+        others = "lora, rslora, dora, moslora"
+        yield f"{where} has no plain weights for lora.variant {trial.lora.variant} to start from; with it: {others}"
+    whole = [name for name in trial.lora.modules_to_save if not any(kind in name for kind in ("norm", "embed", "head"))]
+    if whole:
+        yield f"{where} leaves no plain weights of {whole[0]!r} for lora.modules_to_save; with it: norms, embeddings, the head"
+
+
+def check_installed(config: SweepConfig) -> None:
+    """What a sweep needs where it runs; its records are read anywhere. Raises ConfigError."""
+    for side, section in (("student", config.student), ("teacher", config.teacher)):
+        if section is not None and section.quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
+            raise ConfigError(
+                f"{side}.quantization: {section.quantization} needs bitsandbytes, which is not installed; "
+                "pip install 'neo_ray[quantization]', or none"
+            )

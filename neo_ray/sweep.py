@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from neo_ray import loading, local
+from neo_ray import loading, local, refusals
 from neo_ray.config import SweepConfig
 from neo_ray.plan import make_plan, render
 from neo_ray.settings import ConfigError
@@ -188,6 +188,7 @@ def _check_writable(config: SweepConfig) -> None:
 
 def _check_accelerator(config: SweepConfig) -> None:
     """A GPU sweep that would start Ray on a machine without one: say so before anything is prepared."""
+    refusals.check_installed(config)
     if config.resources.gpus_per_worker and not config.resources.address and not Path("/dev/nvidia0").exists():
         raise ConfigError(
             f"resources.gpus_per_worker: {config.resources.gpus_per_worker:g} asked for, and this machine has no GPU; "

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from test_space import sweep
 
+from neo_ray import refusals
 from neo_ray.settings import ConfigError
 from neo_ray.space import build_space
 
@@ -18,7 +19,23 @@ def deepspeed(**settings: Any) -> dict[str, Any]:
     return {"deepspeed": settings, "resources": GPU}
 
 
+def quantised(**sections: Any) -> dict[str, Any]:
+    return {"student": {"model": "s", "quantization": "4bit"}, "resources": GPU, **sections}
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
+    (quantised(resources={}), "student.quantization: 4bit needs workers with a GPU (resources.gpus_per_worker is 0)"),
+    ({"teacher": {"model": "t", "quantization": "8bit"}}, "teacher.quantization: 8bit needs workers with a GPU"),
+    (quantised(method="sft"), "student.quantization: 4bit cannot be trained whole, as method sft does"),
+    (quantised(search={"method": {"grid": ["neo", "kd"]}}), "student.quantization: 4bit cannot be trained whole, as method kd"),
+    (quantised(deepspeed={"zero_stage": 3}), "student.quantization: 4bit cannot be partitioned by deepspeed.zero_stage 3"),
+    (quantised(lora={"variant": "pissa"}), "student.quantization: 4bit has no plain weights for lora.variant pissa"),
+    (quantised(lora={"variant": "olora"}), "student.quantization: 4bit has no plain weights for lora.variant olora"),
+    (quantised(lora={"modules_to_save": ["norm", "q_proj"]}), "student.quantization: 4bit leaves no plain weights of 'q_proj'"),
+    (
+        {"teacher": {"model": "t", "quantization": "4bit", "placement": "offloaded"}, "resources": GPU},
+        "teacher.quantization: 4bit goes with teacher.placement replicated (got offloaded)",
+    ),
     ({"training": {"dtype": "fp16"}}, "training.dtype: fp16 needs workers with a GPU (resources.gpus_per_worker is 0)"),
     ({"search": {"dtype": {"grid": ["bf16", "fp16"]}}}, "training.dtype: fp16 needs workers with a GPU"),
     (
@@ -47,6 +64,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (deepspeed(extra={"zero_force_ds_cpu_optimizer": True}), "deepspeed.extra: `zero_force_ds_cpu_optimizer` is set by neo_ray"),
 ]
 ALLOWED: list[dict[str, Any]] = [
+    quantised(lora={"variant": "dora", "modules_to_save": ["lm_head", "input_layernorm"]}),
+    {"teacher": {"model": "t", "quantization": "8bit"}, "resources": GPU, "method": "kd"},
     {"teacher": {"model": "t", "placement": "offloaded"}},
     {"teacher": {"model": "t", "placement": "sharded"}, "resources": {"workers_per_trial": 2}},
     {"training": {"dtype": "fp16"}, "resources": GPU},
@@ -70,3 +89,14 @@ def test_what_does_not_go_together_is_refused_by_its_path(sections: dict[str, An
 @pytest.mark.parametrize("sections", ALLOWED, ids=str)
 def test_what_goes_together_is_not_refused(sections: dict[str, Any]) -> None:
     build_space(sweep(**sections))
+
+
+def test_what_is_not_installed_is_said_before_a_sweep_and_hinders_no_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"bitsandbytes": None}
+    monkeypatch.setattr(refusals.importlib.util, "find_spec", found.get)
+    for side in ("student", "teacher"):
+        config = sweep(**{side: {"model": "m", "quantization": "8bit"}}, resources=GPU)
+        with pytest.raises(ConfigError, match=f"^{side}.quantization: 8bit needs bitsandbytes, which is not installed; pip"):
+            refusals.check_installed(config)
+        build_space(config)
+    refusals.check_installed(sweep())
