@@ -228,13 +228,15 @@ def _facts(chosen: Chosen, sources: Any, scores: dict[str, Any], tolerance: floa
     layers = json.loads((Path(sources.student.path) / LAYERS_FILE).read_text(encoding="utf-8")) if pruned else None
     base = alone.teacher if pruned else alone.student
     assert base is not None
+    bits = alone.student.quantization
+    trained_as = {"trained_as": bits} if bits != "none" else {}
     return {
         "schema_version": SCHEMA_VERSION,
         "sweep": chosen.sweep,
         "trial": record.id,
         "params": record.params,
         "seed": record.seed,
-        "base": {"model": base.model, "revision": base.revision, "layers": layers, "trained_as": alone.student.quantization},
+        "base": {"model": base.model, "revision": base.revision, "layers": layers, **trained_as},
         "scores": scores,
         "tolerance": tolerance,
         "dtype": dtype,
