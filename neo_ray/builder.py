@@ -47,7 +47,7 @@ def stored_targets(config: SweepConfig, supply: Supply, sources: Sources, worker
         mode=supply.mode,
         data=data.fingerprint,
         teacher=models.identity(sources.teacher.path, sources.teacher.revision),
-        dtype=f"{config.training.dtype} on {'a GPU' if config.resources.gpus_per_worker else 'a CPU'}, {sources.teacher.quantization}",
+        dtype=_precision(config),
         vocabulary=sources.vocabulary,
         temperature=supply.temperature if supply.mode == "projection" else 1.0,
         head=models.identity(sources.student.path, sources.student.revision) if supply.mode == "projection" else None,
@@ -78,6 +78,12 @@ def head_soft_cap(student: ModelSource) -> float | None:
     """The soft-cap of a model's logits, from its config."""
     own = models.read_config(student.path, student.revision, student.trust_remote_code, "student.model")
     return getattr(own.get_text_config(), "final_logit_softcapping", None)
+
+
+def _precision(config: SweepConfig) -> str:
+    """What decides in which numbers the teacher computes; `auto` is another on another kind of device."""
+    bits = config.teacher.quantization if config.teacher is not None else "none"
+    return f"{config.training.dtype} on a {'GPU' if config.resources.gpus_per_worker else 'CPU'}, quantization {bits}"
 
 
 def _row_bytes(mode: targets.Mode, sources: Sources) -> int:

@@ -41,7 +41,7 @@ def scaled(value: float, overflow_in: tuple[int, ...] = (), on_rank: int = 0) ->
 
     Gives the gradients that reach the loss, as they come.
     """
-    build, step, loss = training.build_engine, training.optimizer_step, training.neo_loss
+    build, step, loss = training.build_engine, training.optimizer_step, training.Student.loss
     now, reached = [0], list[float]()
 
     def building(*arguments: Any) -> Any:
@@ -60,11 +60,11 @@ def scaled(value: float, overflow_in: tuple[int, ...] = (), on_rank: int = 0) ->
             sums.total.register_hook(lambda gradient: gradient * math.inf)
         return sums
 
-    training.build_engine, training.optimizer_step, training.neo_loss = building, stepping, infinite
+    training.build_engine, training.optimizer_step, training.Student.loss = building, stepping, infinite  # type: ignore[assignment,method-assign]
     try:
         yield reached
     finally:
-        training.build_engine, training.optimizer_step, training.neo_loss = build, step, loss
+        training.build_engine, training.optimizer_step, training.Student.loss = build, step, loss  # type: ignore[method-assign]
 
 
 def test_the_scale_halves_after_an_overflow_and_doubles_after_a_long_time_without() -> None:
