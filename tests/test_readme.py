@@ -87,6 +87,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (results / "sweep.yaml").write_text(dump(config), encoding="utf-8")
     open_study(config, build_space(config), [])
     (folder / "trial.yaml").write_text(dump(config.model_copy(update={"name": "trial"})), encoding="utf-8")
+    (folder / "mine.yaml").write_text(next(block for block in blocks(README, "yaml") if "name: mine" in block), encoding="utf-8")
+    (folder / "conversations.jsonl").write_text(blocks(README, "json")[0].splitlines()[0], encoding="utf-8")
     assert analyze.main([str(results)]) == 0
     return folder
 
