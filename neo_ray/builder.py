@@ -18,7 +18,7 @@ from neo_ray.config import SweepConfig
 from neo_ray.data import TokenData, open_data
 from neo_ray.parts import ModelSource, Sources, TargetSource
 from neo_ray.settings import ConfigError
-from neo_ray.supply import Supply
+from neo_ray.supply import Supply, row_bytes
 
 Announce = Callable[[str], None]
 SECONDS_BETWEEN_WORDS = 10.0
@@ -52,7 +52,7 @@ def stored_targets(config: SweepConfig, supply: Supply, sources: Sources, worker
         temperature=supply.temperature if supply.mode == "projection" else 1.0,
         head=models.identity(sources.student.path, sources.student.revision) if supply.mode == "projection" else None,
     )
-    source = TargetSource(str((config.cache / "targets" / recipe.key).resolve()), recipe, _row_bytes(supply.mode, sources))
+    source = TargetSource(str((config.cache / "targets" / recipe.key).resolve()), recipe, _bytes_of_row(supply.mode, sources))
     folder, cut = Path(source.folder), targets.shards(data, source.bytes_of_row)
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder.with_name(f"{folder.name}.lock"))
@@ -86,13 +86,11 @@ def _precision(config: SweepConfig) -> str:
     return f"{config.training.dtype} on a {'GPU' if config.resources.gpus_per_worker else 'CPU'}, quantization {bits}"
 
 
-def _row_bytes(mode: targets.Mode, sources: Sources) -> int:
-    def width(source: Any, where: str) -> int:
-        own = models.read_config(source.path, source.revision, source.trust_remote_code, where)
-        return int(own.get_text_config().hidden_size)
-
-    assert sources.teacher is not None
-    return targets.row_bytes(mode, width(sources.student, "student.model"), width(sources.teacher, "teacher.model"))
+def _bytes_of_row(mode: str, sources: Sources) -> int:
+    source, where = (sources.student, "student.model") if mode == "projection" else (sources.teacher, "teacher.model")
+    assert source is not None
+    own = models.read_config(source.path, source.revision, source.trust_remote_code, where)
+    return row_bytes(mode, int(own.get_text_config().hidden_size))
 
 
 def _check_disk(folder: Path, data: TokenData, lacking: list[targets.Shard], bytes_of_row: int) -> None:

@@ -15,6 +15,7 @@ from neo_ray.config import SweepConfig
 from neo_ray.memory import ModelShape, adapter_parameters, cached_snapshot, memory_per_worker, model_shapes
 from neo_ray.settings import TrialConfig
 from neo_ray.space import LENGTHS, Space, build_space
+from neo_ray.supply import Supply, choose, row_bytes
 from neo_ray.trials import fixed_settings, trials_planned
 
 BYTES_PER_TOKEN = 4  # of English text under a vocabulary of 32,000 or more
@@ -45,6 +46,7 @@ class Plan:
     """Of one worker of the largest trial; empty where the shape of a model is not known."""
     largest: TrialConfig
     """The trial that needs the most memory."""
+    supply: Supply
     concurrency: str
     writes: tuple[str, ...]
     downloads: tuple[str, ...]
@@ -71,6 +73,7 @@ def make_plan(config: SweepConfig, prepared: TrainSplit | None = None, overrides
         tokens_are=certainty,
         memory_bytes=memory,
         largest=largest,
+        supply=choose(config, space),
         concurrency=_concurrency(config),
         writes=tuple(_writes(config)),
         downloads=tuple(_downloads(config, teacher, student)),
@@ -283,6 +286,7 @@ def render(plan: Plan) -> str:
         ("scheduler", [_scheduler(plan)]),
         ("at once", [plan.concurrency]),
         ("tokens", [_tokens_text(plan)]),
+        ("targets", [_targets(plan)]),
         ("memory", _memory(plan)),
         ("writes", list(plan.writes)),
         ("downloads", list(plan.downloads) or ["nothing"]),
@@ -363,6 +367,16 @@ def _tokens_text(plan: Plan) -> str:
         marks = ", ".join(f"{high * k / points:,.0f}" for k in range(1, points + 1))
         return f"{words}{high:,} a trial, evaluated at {marks}"
     return f"{words}{low:,} to {high:,} a trial, {points} evaluations at equal distances"
+
+
+def _targets(plan: Plan) -> str:
+    """How the teacher's word comes to the trials."""
+    supply, shapes = plan.supply, (plan.student, plan.teacher)
+    if supply.mode == "live":
+        return f"the teacher runs in every trial: {supply.why}"
+    shape = shapes[0] if supply.mode == "projection" else shapes[1]
+    size = f", {row_bytes(supply.mode, shape.hidden_size):,} bytes a labelled token" if shape else ""
+    return f"the teacher runs once for all trials ({supply.mode}{size}): {supply.why}"
 
 
 def _memory(plan: Plan) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from neo_ray.config import SweepConfig
-from neo_ray.settings import ConfigError, is_named
+from neo_ray.settings import ConfigError
 from neo_ray.space import Space
 
 HEADS = ("lm_head", "embed_out", "output", "embed_tokens", "wte")
@@ -21,6 +21,15 @@ class Supply:
     """In a few words, for the plan."""
     temperature: float = 1.0
     """Of the projections that trials train with."""
+
+
+def row_bytes(mode: str, width: int) -> int:
+    """Bytes of one scored position in a store: fp16 numbers and, of a projection, an fp32 one.
+
+    Args:
+        width: the student's for a projection, the teacher's for a hidden state.
+    """
+    return 2 * width + (4 if mode == "projection" else 0)
 
 
 def choose(config: SweepConfig, space: Space, soft_cap: float | None = None) -> Supply:
@@ -69,7 +78,7 @@ def _against_projection(space: Space, soft_cap: float | None) -> Iterator[str]:
     if soft_cap is not None:
         yield "the student's head has a soft-cap, and is not linear"
     for name in ("modules_to_save", "target_modules"):
-        touched = [layer for value in space.reach(name) for layer in _layers(value) if any(is_named(h, (layer,)) for h in HEADS)]
+        touched = [layer for value in space.reach(name) for layer in _layers(value) if layer.rsplit(".", 1)[-1] in HEADS]
         if touched:
             yield f"lora.{name}: {touched[0]} changes the student's head"
 

@@ -23,6 +23,7 @@ from neo_ray.config import SweepConfig
 from neo_ray.plan import make_plan, render
 from neo_ray.settings import ConfigError
 from neo_ray.space import Space, build_space
+from neo_ray.supply import choose
 from neo_ray.trials import differences, retried, settings_to_run, trials_planned
 
 
@@ -74,6 +75,7 @@ def run(config: SweepConfig, space: Space, fresh: bool = False, retry_failed: bo
     _check_accelerator(config)
     for check in local.CHECKS:
         check(config)
+    choose(config, space)
     refuse_if_held(config.folder)
     announce(f"sweep {config.name}: preparing")
     _quiet()
@@ -113,7 +115,6 @@ def _run_on_ray(
     from neo_ray.progress import Progress
     from neo_ray.records import Journal, fold, settle, write_records
     from neo_ray.slot import log_to, slots_wait
-    from neo_ray.supply import choose
     from neo_ray.tuner import SweepFailed, run_trials
 
     announce("connecting to Ray" if config.resources.address else "starting Ray on this machine")

@@ -78,11 +78,6 @@ class Shard:
         return f"{self.split}-{self.number:05d}"
 
 
-def row_bytes(mode: Mode, student_width: int, teacher_width: int) -> int:
-    """Bytes of one scored position in the store."""
-    return 2 * student_width + 4 if mode == "projection" else 2 * teacher_width
-
-
 def shards(data: TokenData, bytes_of_row: int) -> list[Shard]:
     """How a store is cut: whole examples, in order, about `SHARD_BYTES` each."""
     found = []

@@ -17,6 +17,7 @@ from neo_ray.config import DataConfig
 from neo_ray.data import TokenData, collate
 from neo_ray.losses import LossSums, neo_loss, next_labels, scored
 from neo_ray.settings import ConfigError, DistillConfig
+from neo_ray.supply import row_bytes
 from neo_ray.targets import Recipe, Shard, Store, Teacher
 
 CPU = torch.device("cpu")
@@ -53,7 +54,7 @@ def a_recipe(mode: Any, pair: Pair, **changes: Any) -> Recipe:
 def a_store(recipe: Recipe, pair: Pair, folder: Path) -> tuple[Store, Teacher]:
     head = models.output_head(pair.student)
     teacher = Teacher(recipe, pair.teacher, pair.tokens, pair.pad_id, head if recipe.mode == "projection" else None)
-    cut = targets.shards(pair.tokens, targets.row_bytes(recipe.mode, 64, 64))
+    cut = targets.shards(pair.tokens, row_bytes(recipe.mode, 64))
     for shard in cut:
         targets.write_shard(folder, shard, teacher.fill(shard))
     return Store(folder, recipe, pair.tokens, cut), teacher
