@@ -188,7 +188,11 @@ def leaf_value(trial: TrialConfig, path: str) -> Any:
     node: Any = trial
     for part in path.split("."):
         node = getattr(node, part)
-    return list(node) if isinstance(node, tuple) else node
+    return _as_json(node)
+
+
+def _as_json(value: Any) -> Any:
+    return [_as_json(item) for item in value] if isinstance(value, tuple) else value
 
 
 def number_type(path: str) -> type | None:

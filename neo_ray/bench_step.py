@@ -40,7 +40,7 @@ class StepArm:
     about: str
     settings: dict[str, Any]
     """What sets the arm's trial apart from the others'."""
-    step: Callable[..., tuple[float, float, float]]
+    step: Callable[..., tuple[float, ...]]
     """Called as the project's own step is; returns loss, CE and KD."""
     has_whole_logits: bool = False
     """Does the engine's forward pass end with the logits of all positions?"""
@@ -97,10 +97,10 @@ class Running:
         self._arm, self._split, self._plan = arm, split, plan
         self.student.train()
 
-    def step(self, number: int) -> tuple[float, float, float]:
+    def step(self, number: int) -> tuple[float, ...]:
         """Loss, CE and KD of the step."""
         rate = self.trial.training.learning_rate
-        return self._arm.step(self.engine, self.trial, self.parts, self._split, self._plan, number, rate)
+        return self._arm.step(self.engine, self.trial, self.parts, self._split, self._plan, number, rate)[:3]
 
 
 def reference_step(

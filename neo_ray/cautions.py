@@ -24,7 +24,7 @@ PARAMETER_OF = {"jsd_beta": ("jsd",), "skew": ("skew_kl", "skew_reverse_kl"), "h
 
 def cautions(config: SweepConfig, space: Space, overrides: Sequence[str] = ()) -> list[str]:
     """Everything about a sweep to hear before it starts. `overrides`: `key=value` of the command line."""
-    checks = (_unused_axes, _unused_sections, _divergence, _impossible_axes, _sampler, _scheduler, _training, _data, _cluster)
+    checks = (_unused_axes, _unused_sections, _distances, _impossible_axes, _sampler, _scheduler, _training, _data, _cluster)
     pairs = [[part.strip() for part in override.split("=", 1)] for override in overrides]
     given = {key for key, value in pairs if value not in ("", "~", "null")}
     return [*_overruled(config, space, given), *(line for check in checks for line in check(config, space))]
@@ -64,16 +64,20 @@ def _unused_sections(config: SweepConfig, space: Space) -> Iterator[str]:
     for section, users in USED_BY.items():
         if getattr(config, section).not_default and not methods & set(users):
             yield f"section `{section}` is ignored: method {' and '.join(sorted(methods))} has {WHY[section]}"
-    if methods & set(USED_BY["distill"]) and space.reach("kd_ratio") == [0.0]:
+    if methods & set(USED_BY["distill"]) and space.reach("kd_ratio") == [0.0] and not any(space.reach("alignment_weight")):
         yield "distill.kd_ratio is 0: the teacher has no weight in the loss"
 
 
-def _divergence(config: SweepConfig, space: Space) -> Iterator[str]:
+def _distances(config: SweepConfig, space: Space) -> Iterator[str]:
     divergences = space.reach("divergence")
     for name, users in PARAMETER_OF.items():
         given = space.setters(name) or name in config.distill.not_default
         if given and not set(divergences) & set(users):
             yield f"distill.{name} is ignored: divergence {' and '.join(divergences)} does not read it"
+    for name in ("alignment_loss", "alignment_layers"):
+        given = space.setters(name) or name in config.distill.not_default
+        if given and not any(space.reach("alignment_weight")):
+            yield f"distill.{name} is ignored: distill.alignment_weight is 0"
 
 
 def _impossible_axes(config: SweepConfig, space: Space) -> Iterator[str]:

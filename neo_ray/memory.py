@@ -230,6 +230,7 @@ def memory_per_worker(config: SweepConfig, trial: TrialConfig, teacher: ModelSha
     size, stage = compute_bytes(config, trial), trial.deepspeed.zero_stage
     shards = [config.resources.workers_per_trial if stage >= needed else 1 for needed in range(4)]
     trained = adapter_parameters(student, trial.lora) if trial.has_adapter else student.num_parameters
+    trained += projection_parameters(trial, teacher, student)
     frozen = student.num_parameters if trial.has_adapter else 0
     # Under bf16 autocast a weight that is trained has a bf16 copy for as long as its backward pass needs it.
     trained_bytes = FP32 if size == FP32 else FP32 + BF16
@@ -254,6 +255,7 @@ def memory_per_worker(config: SweepConfig, trial: TrialConfig, teacher: ModelSha
         "ZeRO bucket": _bucket_bytes(trial, trained),
         "activations": activation_bytes(micro_batch_tokens(config, trial), trial, student, size, packed),
         "logits and loss": loss_bytes(config, trial, student, size),
+        "hidden states": alignment_bytes(micro_batch_tokens(config, trial), trial, teacher, student),
         "runtime": RUNTIME_BYTES["gpu" if config.resources.gpus_per_worker else "cpu"],
     }
 
@@ -298,6 +300,24 @@ def loss_bytes(config: SweepConfig, trial: TrialConfig, shape: ModelShape, size:
     training = LOSS_TENSORS[kind] * FP32 * micro_batch_tokens(config, trial)
     evaluation = 2 * size * trial.evaluation.batch_size * config.data.max_length
     return max(training, evaluation) * shape.vocab_size
+
+
+def projection_parameters(trial: TrialConfig, teacher: ModelShape | None, student: ModelShape) -> int:
+    """A matrix for every pair of layers whose hidden states are compared."""
+    pairs = len(trial.distill.alignment_layers) if trial.is_aligned else 0
+    return pairs * student.hidden_size * teacher.hidden_size if teacher else 0
+
+
+def alignment_bytes(num_tokens: int, trial: TrialConfig, teacher: ModelShape | None, student: ModelShape) -> int:
+    """Hidden states that are compared, in fp32, and their gradients, beside the logits. Counted (tests/test_alignment.py).
+
+    For every pair two tensors of the student's width (states, gradient) and three of the teacher's (its states, the projected
+    ones, their difference or what the cosine keeps), and three more of that while a pair's gradient is formed.
+    """
+    if not trial.is_aligned or teacher is None:
+        return 0
+    pairs, narrow, wide = len(trial.distill.alignment_layers), student.hidden_size, teacher.hidden_size
+    return FP32 * num_tokens * (pairs * (2 * narrow + 3 * wide) + 3 * wide)
 
 
 def micro_batch_tokens(config: SweepConfig, trial: TrialConfig) -> int:

@@ -158,6 +158,7 @@ def _largest_trial(
         "target_modules",
         "variant",
         "divergence",
+        "alignment_layers",
         "dtype",
         "gradient_checkpointing",
         "zero_stage",
@@ -166,7 +167,7 @@ def _largest_trial(
         "micro_batch_size",  # may be `auto`
     )
     options = {name: space.reach(name) for name in alternatives if space.setters(name)}
-    growing = ("rank", "batch_size", "kd_ratio", "packing")
+    growing = ("rank", "batch_size", "kd_ratio", "alignment_weight", "packing")
     options |= {name: [max(space.reach(name))] for name in growing if space.setters(name)}
     corners = [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
     trials = [space.trial_config(corner, base) for corner in corners]

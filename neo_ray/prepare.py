@@ -27,7 +27,7 @@ def prepare(config: SweepConfig, announce: Announce) -> Sources:
     Raises:
         ConfigError: a missing file, a bad line, another vocabulary, nothing to train on. Nothing is written then.
     """
-    from neo_ray import adapters, data, models
+    from neo_ray import adapters, alignment, data, models
 
     def local(name: str) -> str:
         return quickstart.fetch(name, config.cache, announce) if is_quickstart(name) else name
@@ -54,11 +54,16 @@ def prepare(config: SweepConfig, announce: Announce) -> Sources:
     rows = own.get_text_config().vocab_size
     models.check_context(config.data.max_length, student.path, own, where)
     vocabulary = min(rows, len(tokenizer))
+    student_layers = teacher_layers = own.get_text_config().num_hidden_layers
     if teacher is not None and named is not None:
         theirs = models.load_tokenizer(teacher.path, teacher.revision, teacher.trust_remote_code, "teacher.model")
         other = models.read_config(teacher.path, teacher.revision, teacher.trust_remote_code, "teacher.model")
         vocabulary = models.prove_shared_vocabulary(theirs, tokenizer, other.get_text_config().vocab_size, rows)
         models.check_context(config.data.max_length, teacher.path, other, "teacher.model")
+        teacher_layers = other.get_text_config().num_hidden_layers
+    if config.student.prune is not None:
+        student_layers = config.student.prune.num_layers
+    alignment.check(config, space, student_layers, teacher_layers)
     folder = data.prepare(config.data, local(config.data.source), tokenizer, config.cache, announce)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     placement = config.teacher.placement if config.teacher is not None else "replicated"

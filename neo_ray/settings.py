@@ -12,6 +12,7 @@ from neo_ray.mistakes import guess
 
 Method = Literal["sft", "lora", "kd", "neo"]
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "adaptive_kl", "total_variation"]
+Layer = Annotated[int, Field(strict=True)]
 
 
 class ConfigError(ValueError):
@@ -99,6 +100,38 @@ class DistillConfig(Section):
     """How much of its own first argument `skew_kl` and `skew_reverse_kl` mix into the second; 0 is plain KL."""
     head_mass: float = Field(0.5, gt=0, lt=1)
     """`adaptive_kl`: the teacher's likeliest tokens up to this mass are the head, where forward KL has its weight."""
+    alignment_weight: float = Field(0.0, ge=0)
+    """Weight of the distance between hidden states, added to the other two terms; 0 leaves it out."""
+    alignment_loss: Literal["mse", "cosine"] = "mse"
+    """That distance: mean squared error, or one minus the cosine."""
+    alignment_layers: tuple[tuple[Layer, Layer], ...] = ((-1, -1),)
+    """Pairs [student layer, teacher layer], counted from 0, or from −1 backwards; a last layer is taken after the final norm."""
+
+    @field_validator("alignment_layers")
+    @classmethod
+    def _some_pair(cls, value: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+        if not value:
+            raise ValueError("must name at least one pair [student layer, teacher layer]; alignment_weight: 0 switches it off")
+        return value
+
+    def layer_pairs(self, student_layers: int, teacher_layers: int) -> tuple[tuple[int, int], ...]:
+        """`alignment_layers` for models of so many layers, all counted from 0.
+
+        Raises:
+            ConfigError: a layer that a model does not have, or a pair that stands twice.
+        """
+        counts, pairs = {"student": student_layers, "teacher": teacher_layers}, []
+        for pair in self.alignment_layers:
+            for layer, (side, count) in zip(pair, counts.items(), strict=True):
+                if not -count <= layer < count:
+                    raise ConfigError(
+                        f"distill.alignment_layers: {list(pair)} names layer {layer} of a {side} that has {count}; "
+                        f"allowed: 0 to {count - 1}, or -1 to -{count} from the last one backwards"
+                    )
+            pairs.append((pair[0] % student_layers, pair[1] % teacher_layers))
+            if pairs.count(pairs[-1]) > 1:
+                raise ConfigError(f"distill.alignment_layers: the pair {list(pairs[-1])} stands twice")
+        return tuple(pairs)
 
 
 class TrainingConfig(Section):
@@ -253,6 +286,11 @@ class TrialConfig(Section):
     @property
     def has_teacher(self) -> bool:
         return self.method in ("kd", "neo")
+
+    @property
+    def is_aligned(self) -> bool:
+        """Are hidden states compared?"""
+        return self.has_teacher and self.distill.alignment_weight > 0
 
 
 def trial_leaves() -> dict[str, str]:

@@ -344,6 +344,12 @@ def _check_sweep(config: SweepConfig, space: Space) -> None:
     for params in space.combinations(refusals.DECIDING):
         refusals.check(config, space.trial_config(params, config.trial))
     taught = [m for m in space.reach("method") if m in ("kd", "neo")]
+    if not taught and any(weight > 0 for weight in space.reach("alignment_weight")):
+        where = "search" if space.setters("alignment_weight") else "distill"
+        raise ConfigError(
+            f"{where}.alignment_weight: compares hidden states with a teacher's, and method "
+            f"{' and '.join(space.reach('method'))} has none (with one: kd, neo)"
+        )
     if taught and config.teacher is None:
         where = "search.method" if space.setters("method") else "method"
         raise ConfigError(f"{where}: {' and '.join(taught)} needs a `teacher` section (without one: lora, sft)")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from neo_ray import devices, models
+from neo_ray.alignment import Projections
 from neo_ray.chunked import chunked_loss, projected_loss
 from neo_ray.data import Batch
 from neo_ray.evaluate import Predicted
@@ -27,17 +28,40 @@ class Student(nn.Module):
     Where ZeRO-3 has cut a trained head into parts, only the model's own forward pass puts it together: then whole logits.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype, zero_stage: int = 0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        dtype: torch.dtype,
+        zero_stage: int = 0,
+        projections: Projections | None = None,
+    ) -> None:
         super().__init__()
-        self.model, self.device, self.dtype = model, device, dtype
+        self.model, self.device, self.dtype, self.projections = model, device, dtype, projections
         self.has_whole_logits = zero_stage == 3 and bool(models.any_head(model).trained)
 
-    def forward(self, input_ids_BL: Tensor, attention_mask_BL: Tensor | None, position_ids_BL: Tensor | None = None) -> Tensor:
-        """hidden_BLH after the final norm, or logits_BLV."""
+    def forward(
+        self,
+        input_ids_BL: Tensor,
+        attention_mask_BL: Tensor | None,
+        position_ids_BL: Tensor | None = None,
+        aligned_BL: Tensor | None = None,
+    ) -> Any:
+        """hidden_BLH after the final norm, or logits_BLV. With labels as `aligned_BL` also the projected states of their positions."""
+        network: Any = self.model if self.has_whole_logits else models.decoder(self.model)
+        given = models.inputs(network, input_ids_BL, attention_mask_BL, position_ids_BL)
+        if self.projections is not None and aligned_BL is not None:
+            given["output_hidden_states"] = self.projections.asked
         with devices.autocast(self.device, self.dtype):
-            if self.has_whole_logits:
-                return self.model(**models.inputs(self.model, input_ids_BL, attention_mask_BL, position_ids_BL)).logits
-            return models.last_hidden(self.model, input_ids_BL, attention_mask_BL, position_ids_BL)
+            outputs = network(**given)
+        output = outputs.logits if self.has_whole_logits else outputs.last_hidden_state
+        if self.projections is None or aligned_BL is None:
+            return output
+        return output, self.projections(outputs, aligned_BL)
+
+    def projection_parameters(self) -> dict[str, nn.Parameter]:
+        """Trained with the model's own and kept in checkpoints, but no part of an adapter."""
+        return dict(self.projections.named_parameters("projections")) if self.projections is not None else {}
 
     def loss(
         self, output: Tensor, labels_BL: Tensor, taught: Taught, trial: TrialConfig, vocabulary: int, rows: int | None = None

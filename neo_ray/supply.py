@@ -61,6 +61,8 @@ def _against_a_store(config: SweepConfig, space: Space) -> Iterator[str]:
     """Why the teacher has to be alive in every trial."""
     if len(space.reach("dtype")) > 1:
         yield "training.dtype is searched, and the teacher's numbers depend on it"
+    if _is_taught(space) and any(weight > 0 for weight in space.reach("alignment_weight")):
+        yield "distill.alignment_weight compares hidden states of a living teacher"
     if config.teacher is not None and config.teacher.placement != "replicated":
         yield f"teacher.placement: {config.teacher.placement} takes all workers of a trial"
 

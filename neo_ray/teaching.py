@@ -6,13 +6,14 @@ Shapes: N scored positions, C of a chunk, V real vocabulary, H the student's hid
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from neo_ray import models
+from neo_ray.alignment import numbers, scored_states
 from neo_ray.chunked import TeacherLogits
 from neo_ray.data import Batch
 from neo_ray.losses import divergence_sum, scored
@@ -29,6 +30,8 @@ class Taught:
     logits: TeacherLogits | None = None
     projected: tuple[Tensor, Tensor] | None = None
     """c_NH and constant_N of `chunked.projection`."""
+    states: tuple[Tensor, ...] = ()
+    """[N, width] after each layer that was asked for, in fp32."""
 
     @property
     def is_silent(self) -> bool:
@@ -51,13 +54,22 @@ class Taught:
 
 
 @torch.no_grad()
-def teach(parts: Parts, split_name: str, indices: Sequence[int] | np.ndarray, batch: Batch, labels_BL: Tensor) -> Taught:
+def teach(
+    parts: Parts,
+    split_name: str,
+    indices: Sequence[int] | np.ndarray,
+    batch: Batch,
+    labels_BL: Tensor,
+    layers: Sequence[int] = (),
+) -> Taught:
     """The teacher's word on the examples `indices` of a split, of which `batch` is made.
 
     Args:
         labels_BL: the batch's, or all ignored: then on no position at all.
+        layers: whose hidden states are wanted, too; a store has none.
     """
     if parts.targets is not None:
+        assert not layers
         stored = parts.targets.rows(split_name, indices, parts.device)
         if not (labels_BL[:, 1:] >= 0).any():
             stored = tuple(column[:0] for column in stored)
@@ -66,8 +78,12 @@ def teach(parts: Parts, split_name: str, indices: Sequence[int] | np.ndarray, ba
         return _through(parts.targets.head, stored[0], parts.vocabulary)
     if parts.teacher is None:
         return Taught()
-    states_BLG = models.last_hidden(parts.teacher, batch.input_ids_BL, batch.attention_mask_BL, batch.position_ids_BL)
-    return _through(models.output_head(parts.teacher), scored(states_BLG, labels_BL, states_BLG.shape[-1]), parts.vocabulary)
+    network = models.decoder(parts.teacher)
+    given = models.inputs(network, batch.input_ids_BL, batch.attention_mask_BL, batch.position_ids_BL)
+    outputs = network(**given, output_hidden_states=numbers(list(layers))) if layers else network(**given)
+    states_NG = scored(outputs.last_hidden_state, labels_BL, outputs.last_hidden_state.shape[-1])
+    told = _through(models.output_head(parts.teacher), states_NG, parts.vocabulary)
+    return replace(told, states=scored_states(outputs, list(layers), labels_BL))
 
 
 def teach_once(parts: Parts, split_name: str, indices: np.ndarray, batch: Batch) -> Taught:

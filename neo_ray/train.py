@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from neo_ray import adapters, checkpoints, devices, models, placement, scaling
+from neo_ray import adapters, alignment, checkpoints, devices, models, placement, scaling
 from neo_ray.batches import StepPlan, accumulation_steps, learning_rate, plan_steps
 from neo_ray.data import Split, collate
 from neo_ray.evaluate import evaluate
@@ -30,6 +30,9 @@ from neo_ray.teaching import Taught, teach
 
 LINEAR = torch.nn.functional.linear
 """PyTorch's own. ZeRO-3 puts another in its place for good, which keeps more for the backward pass of any later trial."""
+
+MEANS = ("train_loss", "train_ce", "train_kd", "train_alignment")
+"""A row's means over the scored positions since the last evaluation."""
 
 Row = dict[str, Any]
 Report = Callable[[Row], None]
@@ -74,20 +77,22 @@ def train(
     baseline = _baseline(parts, trial)
     split = parts.data.split("train")
     plan = plan_steps(split.num_tokens, split.num_labels, trial.training, trial.evaluation.points, trial.seed)
-    student = Student(adapters.attach(parts.student, trial), parts.device, parts.dtype, trial.deepspeed.zero_stage)
+    base, stage = adapters.attach(parts.student, trial), trial.deepspeed.zero_stage
+    student = Student(base, parts.device, parts.dtype, stage, alignment.make_projections(trial, parts))
     parameters = adapters.trained_parameters(student.model)
+    trained = parameters | student.projection_parameters()
     if trial.training.gradient_checkpointing:
         cast(Any, student.model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    engine = build_engine(student, parameters, trial, world_size)
+    engine = build_engine(student, trained, trial, world_size)
 
-    state: dict[str, Any] = {"step": 0, "seconds": 0.0, "peak_memory_bytes": 0, "curve": [], "window": [0.0] * 4}
+    state: dict[str, Any] = {"step": 0, "seconds": 0.0, "peak_memory_bytes": 0, "curve": [], "window": [0.0] * 5}
     checkpoint_folder = folder / "checkpoint" if folder is not None else None
     resumed = checkpoints.latest(checkpoint_folder) if checkpoint_folder is not None else None
     if resumed is not None:
         state |= checkpoints.load_state(resumed)
         if engine.fp16_scale is not None:
             engine.fp16_scale = scaling.LossScale(**state["fp16_scale"])
-        checkpoints.restore(engine, parameters, checkpoints.load_tensors(resumed), state["step"] - _skipped(engine))
+        checkpoints.restore(engine, trained, checkpoints.load_tensors(resumed), state["step"] - _skipped(engine))
     elif engine.fp16_scale is not None:  # a checkpoint may come before the first step that is not skipped
         checkpoints.create_moments(engine, 0)
     details = {
@@ -115,22 +120,22 @@ def train(
 
     def keep(folder: Path) -> None:
         scale = {} if engine.fp16_scale is None else {"fp16_scale": engine.fp16_scale.state()}
-        _save(engine, parameters, folder, state | {"step": step, "window": window.tolist()} | scale | _clock(totals()))
+        _save(engine, trained, folder, state | {"step": step, "window": window.tolist()} | scale | _clock(totals()))
 
     step = state["step"]
     if rank == 0:
         for row in state["curve"]:
             report(row)
 
-    window = torch.tensor(state["window"], dtype=torch.float64)  # loss, ce, kd sums and count since the last evaluation
+    window = torch.tensor(state["window"], dtype=torch.float64)  # the four sums and their count since the last evaluation
     outcome: Outcome | None = None
     student.train()
     while step < plan.num_steps and outcome is None:
         rate = learning_rate(trial.training, step, plan.num_steps)
         sums = optimizer_step(engine, trial, parts, split, plan, step, rate)
         flags = torch.tensor([*sums, float(should_stop() if rank == 0 else 0)], dtype=torch.float64, device=parts.device)
-        total, ce, kd, stopped = sum_over_ranks(flags).tolist()
-        window += torch.tensor([total, ce, kd, plan.labels[step]], dtype=torch.float64)
+        total, *terms, stopped = sum_over_ranks(flags).tolist()
+        window += torch.tensor([total, *terms, plan.labels[step]], dtype=torch.float64)
         due = plan.due(step)
         step += 1
         if not torch.isfinite(torch.tensor(total)):
@@ -141,11 +146,12 @@ def train(
         elif due is not None:
             scores = evaluate(student.predict, parts, "select", trial.evaluation).named("select")
             student.train()
-            means = (window[:3] / window[3]).tolist()
+            means = (window[:4] / window[4]).tolist()
             window.zero_()
             row = {"rung": due, "rung_tokens": plan.rung_tokens[due - 1], "step": step, "learning_rate": rate}
             means[2] = means[2] if _is_taught(trial) else None  # without a teacher in the loss there is no such number
-            row |= dict(zip(("train_loss", "train_ce", "train_kd"), means, strict=True)) | scores | _worst(totals(), parts)
+            means[3] = means[3] if trial.is_aligned else None
+            row |= dict(zip(MEANS, means, strict=True)) | scores | _worst(totals(), parts)
             row["tokens"] = int(plan.tokens[step - 1])
             state["curve"].append(row)
             if checkpoint_folder is not None and step < plan.num_steps:
@@ -217,13 +223,18 @@ def build_engine(student: Student, parameters: dict[str, nn.Parameter], trial: T
 
 def optimizer_step(
     engine: Any, trial: TrialConfig, parts: Parts, split: Split, plan: StepPlan, step: int, rate: float
-) -> tuple[float, float, float]:
-    """All micro-batches of one step on this rank, then the update. Returns this rank's loss, CE and KD sums."""
+) -> tuple[float, ...]:
+    """All micro-batches of one step on this rank, then the update. Returns this rank's sums: loss, CE, KD, alignment.
+
+    The loss is (1 − kd_ratio)·CE + kd_ratio·KD + alignment_weight·alignment: LLM-Neo's (see `neo_loss`) and, as an extra term,
+    that of `alignment.alignment_sum`, which no paper on LLM-Neo has.
+    """
     rank, world_size = rank_and_world_size()
     devices.seed_step(trial.seed, step, rank)
     for group in engine.optimizer.param_groups:
         group["lr"] = rate * group["ratio"]
-    sums = torch.zeros(3, dtype=torch.float64, device=parts.device)
+    sums = torch.zeros(4, dtype=torch.float64, device=parts.device)
+    pairs = alignment.layer_pairs(trial, parts)
     training, micro = trial.training, trial.training.micro_batch(world_size)
     for indices in plan.micro_batches(step, rank, world_size, micro, split.num_tokens):
         empty = len(indices) == 0  # this rank has no share of a last, partial batch: it takes part with a loss of 0
@@ -231,16 +242,23 @@ def optimizer_step(
         examples = split.examples(indices)
         batch = collate(examples, parts.sources.pad_id, parts.device, training.padding_side, training.packing)
         labels_BL = torch.full_like(batch.labels_BL, IGNORED) if empty else batch.labels_BL
-        output = engine(batch.input_ids_BL, batch.attention_mask_BL, batch.position_ids_BL)
-        taught = teach(parts, "train", indices, batch, labels_BL) if _is_taught(trial) else Taught()
+        given = (batch.input_ids_BL, batch.attention_mask_BL, batch.position_ids_BL)
+        output, projected = engine(*given, labels_BL) if pairs else (engine(*given), ())
+        taught = Taught()
+        if _is_taught(trial) or pairs:
+            taught = teach(parts, "train", indices, batch, labels_BL, [layer for _, layer in pairs])
         with placement.head_in_full(parts.teacher if _is_taught(trial) else None):
-            loss = engine.module.loss(output, labels_BL, taught, trial, parts.vocabulary)
+            said = taught if _is_taught(trial) else Taught()
+            loss = engine.module.loss(output, labels_BL, said, trial, parts.vocabulary)
+        total, apart = loss.total, torch.zeros_like(loss.ce)
+        if pairs:
+            apart = alignment.alignment_sum(projected, taught.states, trial.distill)
+            total = total + trial.distill.alignment_weight * apart
         # DeepSpeed averages over ranks: undo that. The denominator counts every micro-batch of every rank.
-        scaling.backward(engine, loss.total * (world_size / max(1, int(plan.labels[step]))), engine.fp16_scale)
-        sums += torch.stack([loss.total.detach(), loss.ce, loss.kd]).double()
+        scaling.backward(engine, total * (world_size / max(1, int(plan.labels[step]))), engine.fp16_scale)
+        sums += torch.stack([total.detach(), loss.ce, loss.kd, apart.detach()]).double()
         scaling.step(engine, engine.fp16_scale)
-    total, ce, kd = sums.tolist()
-    return total, ce, kd
+    return tuple(sums.tolist())
 
 
 def _skipped(engine: Any) -> int:
@@ -249,7 +267,7 @@ def _skipped(engine: Any) -> int:
 
 
 def _is_taught(trial: TrialConfig) -> bool:
-    """Does the teacher take part in the loss?"""
+    """Does the teacher's distribution take part in the loss?"""
     return trial.has_teacher and trial.distill.kd_ratio > 0
 
 

@@ -232,7 +232,7 @@ class Steps:
         plan = plan_steps(self.split.num_tokens, self.split.num_labels, trial.training, 1, 0)
         with gradient_of(engine, trained) as gradient, counting() as counts, chunks_of(case.rows):
             sums = train.optimizer_step(engine, trial, parts, self.split, plan, step=0, rate=0.0)
-        everywhere = sum_over_ranks(torch.tensor([*sums, *counts], dtype=torch.float64)).tolist()
+        everywhere = sum_over_ranks(torch.tensor([*sums[:3], *counts], dtype=torch.float64)).tolist()
         return Found(gradient, tuple(everywhere[:3]), {round(count) for count in everywhere[3:]})
 
     def _engine(self, case: Case, trial: TrialConfig) -> tuple[Any, dict[str, Any]]:

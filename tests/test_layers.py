@@ -21,7 +21,7 @@ ROOMS = {
         "environment"
     ),
     "training": (
-        "adapters answers batches checkpoints chunked data devices evaluate local losses merging models parts placement "
+        "adapters alignment answers batches checkpoints chunked data devices evaluate local losses merging models parts placement "
         "prepare pruning quickstart scaling sources student targets teaching train"
     ),
     "analysis": "card statistics effects evidence guidelines report",
