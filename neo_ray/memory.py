@@ -312,12 +312,12 @@ def alignment_bytes(num_tokens: int, trial: TrialConfig, teacher: ModelShape | N
     """Hidden states that are compared, in fp32, and their gradients, beside the logits. Counted (tests/test_alignment.py).
 
     For every pair two tensors of the student's width (states, gradient) and three of the teacher's (its states, the projected
-    ones, their difference or what the cosine keeps), and three more of that while a pair's gradient is formed.
+    ones, their difference or what the cosine keeps), and four more of that while a pair's gradient is formed.
     """
     if not trial.is_aligned or teacher is None:
         return 0
     pairs, narrow, wide = len(trial.distill.alignment_layers), student.hidden_size, teacher.hidden_size
-    return FP32 * num_tokens * (pairs * (2 * narrow + 3 * wide) + 3 * wide)
+    return FP32 * num_tokens * (pairs * (2 * narrow + 3 * wide) + 4 * wide)
 
 
 def micro_batch_tokens(config: SweepConfig, trial: TrialConfig) -> int:

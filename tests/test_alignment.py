@@ -6,8 +6,8 @@ out and divided once by the labelled positions of the whole batch. Shape suffixe
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
 from test_invariance import CPU, examples, gradient_of, make_model, make_split, process_group, scored_positions
 from test_losses import LiveTensors
-from tiny import VOCABULARY, World, make_world
+from test_train import Interrupted, run
+from tiny import SHAPE, VOCABULARY, World
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from neo_ray import adapters, alignment, data, models, train
 from neo_ray.batches import plan_steps
@@ -101,7 +106,7 @@ def step(trial: TrialConfig) -> tuple[dict[str, torch.Tensor], tuple[float, ...]
     """The gradient of a whole optimizer step, and its sums."""
     student, split = make_student(trial), make_split()
     trained = trained_of(student)
-    engine = train.build_engine(student, trained, trial, 1)
+    engine = train.build_engine(student, trained, trial, dist.get_world_size())
     sources = Sources(student="tiny", data="made", teacher="tiny", vocabulary=VOCABULARY, pad_id=0)
     tokens = TokenData(Path(), "made", {}, {"train": split})
     parts = Parts(sources, (), student.model, make_model("teacher", "none"), tokens, CPU, torch.float32)
@@ -202,3 +207,262 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
             assert found is None, name
         else:
             assert torch.allclose(found, gradients[1][name], rtol=1e-5, atol=1e-6), name
+
+
+# Two workers
+
+CASES = {"zero 0": a_trial(micro=2), "zero 2, packed": a_trial("cosine", 2, 2, layout="packed"), "zero 3": a_trial("mse", 3, 2)}
+
+
+def work(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    with process_group(rank, 2, folder / "meeting"):
+        found = {name: step(trial) for name, trial in CASES.items()}
+    torch.save(found, folder / f"found-{rank}")
+
+
+def test_two_workers_have_the_gradient_of_the_dense_reference(tmp_path: Path) -> None:
+    mp.spawn(work, args=(tmp_path,), nprocs=2)
+    of_each = [torch.load(tmp_path / f"found-{rank}", weights_only=False) for rank in (0, 1)]
+    for name, trial in CASES.items():
+        expected, expected_sums = reference(trial.distill.alignment_loss, "neo", KD_RATIO)
+        assert [sum(pair) for pair in zip(*(found[name][1] for found in of_each), strict=True)] == pytest.approx(
+            expected_sums, rel=1e-5
+        )
+        ours, theirs = (torch.cat([side[key].flatten() for key in expected]) for side in (of_each[0][name][0], expected))
+        assert (ours - theirs).norm() / theirs.norm() <= 1e-4, name
+
+
+# Whole trials, with a teacher of another width
+
+
+@pytest.fixture(scope="module")
+def sources(tiny_world: World, tmp_path_factory: pytest.TempPathFactory) -> Sources:
+    tokenizer = models.load_tokenizer(str(tiny_world.student))
+    settings = DataConfig(source=str(tiny_world.data), max_length=48, select_fraction=0.2, report_fraction=0.2)
+    folder = data.prepare(settings, str(tiny_world.data), tokenizer, tmp_path_factory.mktemp("cache"))
+    torch.manual_seed(3)
+    teacher = tmp_path_factory.mktemp("teacher")
+    LlamaForCausalLM(LlamaConfig(**{**SHAPE, "vocab_size": VOCABULARY, "hidden_size": 96})).save_pretrained(teacher)
+    return Sources(str(tiny_world.student), str(folder), str(teacher), len(tokenizer), tokenizer.pad_token_id)
+
+
+def a_run(stage: int = 0, seed: int = 0, steps: int = 6, **distill: Any) -> TrialConfig:
+    aligned = {"alignment_weight": 1.0, "alignment_layers": ((0, 0), (-1, -1))}
+    return TrialConfig(
+        lora=LoraConfig(rank=4, alpha=8, dropout=0.1),
+        distill=DistillConfig(**{**aligned, **distill}),  # type: ignore[arg-type]
+        training=TrainingConfig(learning_rate=1e-2, steps=steps, batch_size=4, micro_batch_size=2, dtype="fp32"),
+        deepspeed=DeepSpeedConfig(zero_stage=stage),  # type: ignore[arg-type]
+        evaluation=EvaluationConfig(points=3, max_tokens=500),
+        seed=seed,
+    )
+
+
+def numbers(rows: list[Any]) -> list[list[float]]:
+    return [[row[name] for name in (*train.MEANS, "select_ce", "select_kl")] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(sources: Sources) -> dict[int, Any]:
+    return {stage: run(sources, a_run(stage)) for stage in (0, 3)}
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_resumed_trial_equals_the_uninterrupted_one_to_the_bit(
+    sources: Sources, uninterrupted: dict[int, Any], tmp_path: Path, stage: int
+) -> None:
+    def interrupt(row: Any) -> None:
+        if row["rung"] == 2:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train.train(a_run(stage), load_parts(sources, a_run(stage), CPU), interrupt, folder=tmp_path)
+    rows, outcome = run(sources, a_run(stage), folder=tmp_path)
+    assert outcome.details["resumed_from_step"] > 0
+    assert numbers(rows) == numbers(uninterrupted[stage][0])
+    assert outcome.metrics == uninterrupted[stage][1].metrics
+    kept = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert kept and all(".lora_" in name for name in kept)
+
+
+def test_zero_3_gives_the_same_curve(uninterrupted: dict[int, Any]) -> None:
+    for ours, theirs in zip(*(numbers(uninterrupted[stage][0]) for stage in (3, 0)), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+def test_the_total_is_the_sum_of_its_terms(uninterrupted: dict[int, Any]) -> None:
+    for row in uninterrupted[0][0]:
+        total = 0.5 * row["train_ce"] + 0.5 * row["train_kd"] + row["train_alignment"]
+        assert row["train_loss"] == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["mse", "cosine"])
+def test_the_states_come_closer(sources: Sources, loss: str) -> None:
+    trial = a_run(steps=20, kd_ratio=0.0, alignment_weight=5.0, alignment_loss=loss, alignment_layers=((-1, -1),))
+    rows, _ = run(sources, trial)
+    assert rows[-1]["train_alignment"] < 0.95 * rows[0]["train_alignment"]
+    assert rows[-1]["train_kd"] is None
+
+
+def test_weight_zero_is_the_trial_without_alignment_to_the_bit(sources: Sources) -> None:
+    asked: list[Any] = []
+    trials = (
+        TrialConfig.model_validate({**dict(a_run(steps=2)), "distill": DistillConfig()}),
+        a_run(steps=2, alignment_weight=0.0, alignment_loss="cosine"),
+    )
+    curves = []
+    for trial in trials:
+        parts = load_parts(sources, trial, CPU)
+        for model in (parts.student, parts.teacher):
+            model.register_forward_pre_hook(lambda _, __, given: asked.append(given), with_kwargs=True)  # type: ignore[union-attr]
+        curves.append(run(sources, trial, parts)[0])
+    assert numbers(curves[0]) == numbers(curves[1])
+    assert asked and not any(given.get("output_hidden_states") for given in asked)
+    assert all(row["train_alignment"] is None for row in curves[1])
+
+
+# Projections
+
+
+def test_a_projection_starts_as_near_the_identity_as_the_widths_allow() -> None:
+    def of(student: int, teacher: int, seed: int = 0) -> list[torch.Tensor]:
+        made = alignment.Projections(((0, 0), (1, 1)), student, teacher, seed, CPU)
+        return [parameter.detach() for parameter in made.parameters()]
+
+    assert all(torch.equal(weight, torch.eye(6)) for weight in of(6, 6))
+    one, other = of(4, 6)
+    assert one.shape == (6, 4) and torch.allclose(one.T @ one, torch.eye(4), atol=1e-6)
+    assert not torch.allclose(one, other)
+    assert torch.equal(one, of(4, 6)[0]) and not torch.equal(one, of(4, 6, seed=1)[0])
+
+
+# Settings
+
+
+def a_sweep(world: World, **sections: Any) -> Any:
+    base = {"name": "demo", "teacher": {"model": str(world.teacher)}, "student": {"model": str(world.student)}}
+    return validate({**base, "data": {"source": str(world.data), "max_length": 48}, **sections})
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"distill": {"alignment_weight": -1}}, r"^distill\.alignment_weight: .*greater than or equal to 0 \(got -1\)"),
+        (
+            {"distill": {"alignment_weight": 1, "alignment_layers": []}},
+            r"^distill\.alignment_layers: must name at least one pair",
+        ),
+        ({"distill": {"alignment_layers": [[0]]}}, r"^distill\.alignment_layers\.0\.1: is required"),
+        ({"distill": {"alignment_loss": "mae"}}, r"^distill\.alignment_loss: .*'mse' or 'cosine'"),
+        ({"method": "lora", "distill": {"alignment_weight": 1}}, r"^distill\.alignment_weight: .*method lora has none"),
+        (
+            {"search": {"method": {"choice": ["sft", "lora"]}, "alignment_weight": {"grid": [0, 1]}}},
+            r"^search\.alignment_weight: .*method sft and lora has none",
+        ),
+        (
+            {"distill": {"alignment_weight": 1, "alignment_layers": [[2, 0]]}},
+            r"^distill\.alignment_layers: .*layer 2 of a student.* 2;",
+        ),
+        (
+            {"distill": {"alignment_weight": 1, "alignment_layers": [[0, -5]]}},
+            r"layer -5 of a teacher that has 4; allowed: 0 to 3, or -1 to",
+        ),
+        (
+            {"distill": {"alignment_weight": 1, "alignment_layers": [[-1, 1]]}, "student": {"prune": {"layers": [0, 1, 3]}}},
+            None,
+        ),
+        (
+            {"distill": {"alignment_weight": 1, "alignment_layers": [[3, 3]]}, "student": {"prune": {"keep": 3}}},
+            r"layer 3 of a student that has 3; allowed: 0 to 2",
+        ),
+        (
+            {"search": {"alignment_weight": {"grid": [0, 1]}, "alignment_layers": {"choice": [[[0, 0]], [[1, 3], [-1, -1]]]}}},
+            r"^distill\.alignment_layers: the pair \[1, 3\] stands twice",
+        ),
+        ({"distill": {"alignment_layers": [[9, 9]]}}, None),  # weight 0: nothing is compared
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_starts(
+    tiny_world: World, tmp_path: Path, sections: dict[str, Any], message: str | None
+) -> None:
+    def prepared() -> None:
+        config = a_sweep(tiny_world, storage={"cache": str(tmp_path)}, **sections)
+        build_space(config)
+        prepare(config, lambda _: None)
+
+    if message is None:
+        return prepared()
+    with pytest.raises(ConfigError, match=message):
+        prepared()
+
+
+def test_every_setting_can_be_an_axis(tiny_world: World) -> None:
+    search = {
+        "alignment_weight": {"grid": [0, 0.5]},
+        "alignment_loss": {"grid": ["mse", "cosine"]},
+        "alignment_layers": {"choice": [[[0, 1]], [[0, 1], [1, 3]]]},
+    }
+    config = a_sweep(tiny_world, search=search, sampler={"name": "grid"})
+    space = build_space(config)
+    settings = space.grid()
+    assert len(settings) == 8
+    assert json.loads(json.dumps(settings)) == settings
+    for params in settings:
+        distill = space.trial_config(params, config.trial).distill
+        assert [list(pair) for pair in distill.alignment_layers] == params["alignment_layers"]
+        assert (distill.alignment_weight, distill.alignment_loss) == (params["alignment_weight"], params["alignment_loss"])
+        assert space.optuna_params(params)["alignment_layers"] == json.dumps(params["alignment_layers"])
+
+
+@pytest.mark.parametrize(
+    ("distill", "caution"),
+    [
+        ({"alignment_layers": [[0, 0]]}, "distill.alignment_layers is ignored: distill.alignment_weight is 0"),
+        ({"kd_ratio": 0, "alignment_weight": 1, "alignment_loss": "cosine"}, None),
+        ({"kd_ratio": 0}, "distill.kd_ratio is 0: the teacher has no weight in the loss"),
+    ],
+)
+def test_what_is_ignored_is_said(tiny_world: World, distill: dict[str, Any], caution: str | None) -> None:
+    found = [line for line in make_plan(a_sweep(tiny_world, distill=distill)).warnings if line.startswith("distill.")]
+    assert found == ([caution] if caution else [])
+
+
+# Memory
+
+
+@pytest.mark.parametrize("loss", ["mse", "cosine"])
+@pytest.mark.parametrize(("student", "teacher", "pairs"), [(64, 64, 1), (32, 64, 3), (64, 48, 2)])
+def test_the_memory_estimate_counts_the_tensors_that_are_alive(loss: str, student: int, teacher: int, pairs: int) -> None:
+    num_tokens, layers = 400, tuple((i, i) for i in range(pairs))
+    trial = a_trial(loss, alignment_layers=layers)
+    projections = alignment.Projections(layers, student, teacher, 0, CPU)
+    labels_BL = torch.zeros(1, num_tokens + 1, dtype=torch.long)
+    ours, theirs = (
+        SimpleNamespace(hidden_states=[torch.randn(1, num_tokens + 1, width) for _ in range(pairs + 1)])
+        for width in (student, teacher)
+    )
+    for state_BLH in ours.hidden_states:
+        state_BLH.requires_grad_()
+    with LiveTensors(num_tokens * min(student, teacher)) as live:
+        projected = projections(ours, labels_BL)
+        alignment.alignment_sum(
+            projected, alignment.scored_states(theirs, list(range(pairs)), labels_BL), trial.distill
+        ).backward()
+    shapes = (shape_of_width(teacher), shape_of_width(student))
+    assert alignment_bytes(num_tokens, trial, *shapes) == pytest.approx(live.peak, rel=0.1)
+    assert projection_parameters(trial, *shapes) == sum(parameter.numel() for parameter in projections.parameters())
+
+
+def shape_of_width(width: int) -> Any:
+    return shape_from_config({**SHAPE, "hidden_size": width})
+
+
+def test_the_plan_counts_projections_where_the_weight_can_be_above_zero(tiny_world: World) -> None:
+    def bytes_of(**sections: Any) -> dict[str, int]:
+        return make_plan(a_sweep(tiny_world, **sections)).memory_bytes
+
+    plain, aligned = bytes_of(), bytes_of(search={"alignment_weight": {"grid": [0, 1]}})
+    assert plain["hidden states"] == 0 < aligned["hidden states"]
+    assert aligned["gradients"] - plain["gradients"] == 4 * 64 * 64
+    assert bytes_of(method="lora") == {**plain, "logits and loss": bytes_of(method="lora")["logits and loss"]}
