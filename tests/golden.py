@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import conftest  # noqa: F401  # the tests' environment, before torch is imported
 import torch
@@ -20,7 +20,7 @@ from neo_ray import data
 from neo_ray.bench_step import process_group
 from neo_ray.config import DataConfig
 from neo_ray.parts import ModelSource, Sources, load_parts
-from neo_ray.settings import EvaluationConfig, LoraConfig, TrainingConfig, TrialConfig
+from neo_ray.settings import DistillConfig, Divergence, EvaluationConfig, LoraConfig, TrainingConfig, TrialConfig
 from neo_ray.train import train
 
 FILE = Path(__file__).parent / "golden" / "curves.json"
@@ -47,6 +47,8 @@ TRIALS: dict[str, TrialConfig] = {
     "plus": a_trial(lora={"plus_ratio": 4}),
     "patterns": a_trial(lora=PATTERNS),
     "whole layers": a_trial(lora={"modules_to_save": ("lm_head",)}),
+    **{name: a_trial(distill=DistillConfig(divergence=name)) for name in get_args(Divergence) if name != "forward_kl"},
+    "alignment": a_trial(distill=DistillConfig(alignment_weight=1, alignment_layers=((0, 1), (-1, -1)))),
 }
 
 
