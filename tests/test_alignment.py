@@ -20,6 +20,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from test_invariance import CPU, examples, gradient_of, make_model, make_split, process_group, scored_positions
 from test_losses import LiveTensors
+from test_packing import LEAKING, SOUND, build
 from test_train import Interrupted, run
 from tiny import SHAPE, VOCABULARY, World
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -207,6 +208,34 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
             assert found is None, name
         else:
             assert torch.allclose(found, gradients[1][name], rtol=1e-5, atol=1e-6), name
+
+
+def test_a_model_in_bf16_is_compared_in_fp32() -> None:
+    trial = a_trial()
+    student = make_student(trial)
+    student.dtype = torch.bfloat16
+    ids_BL = torch.arange(2, 14)[None]
+    logits_BLV, projected = student(ids_BL, None, None, ids_BL)
+    assert logits_BLV.dtype == torch.bfloat16
+    assert student.projections is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = student.model(input_ids=ids_BL, output_hidden_states=True, use_cache=False)
+    for (layer, _), state_NH, linear in zip(PAIRS, projected, student.projections.maps, strict=True):
+        expected_NH = outputs.hidden_states[layer + 1][0, :-1].float() @ linear.weight.T  # type: ignore[operator]
+        assert state_NH.dtype == torch.float32
+        torch.testing.assert_close(state_NH, expected_NH, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [*SOUND.values(), *LEAKING.values()], ids=[*SOUND, *LEAKING])
+def test_every_kind_of_model_tells_the_states_that_are_asked_for(kind: Any) -> None:
+    model, ids_BL = build(kind, "eager"), torch.arange(2, 11)[None]
+    first_NH, last_NH = (
+        alignment.scored_states(model(input_ids=ids_BL, output_hidden_states=alignment.numbers(layers)), layers, ids_BL)[0]
+        for layers in ([0], [1])
+    )
+    assert torch.equal(last_NH, models.last_hidden(model, ids_BL)[0, :-1])
+    assert first_NH.shape == last_NH.shape and not torch.allclose(first_NH, last_NH)
+    assert not torch.allclose(first_NH, model.get_input_embeddings()(ids_BL)[0, :-1])
 
 
 # Two workers
