@@ -47,7 +47,7 @@ class Student(nn.Module):
         position_ids_BL: Tensor | None = None,
         aligned_BL: Tensor | None = None,
     ) -> Any:
-        """hidden_BLH after the final norm, or logits_BLV. With labels as `aligned_BL` also the projected states of their positions."""
+        """hidden_BLH after the final norm, or logits_BLV; with labels as `aligned_BL` also the projected states they score."""
         network: Any = self.model if self.has_whole_logits else models.decoder(self.model)
         given = models.inputs(network, input_ids_BL, attention_mask_BL, position_ids_BL)
         if self.projections is not None and aligned_BL is not None:

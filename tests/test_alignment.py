@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
-from test_invariance import CPU, examples, gradient_of, make_model, make_split, process_group, scored_positions
+from test_invariance import CPU, examples, gradient_of, make_model, make_split, scored_positions
 from test_losses import LiveTensors
 from test_packing import LEAKING, SOUND, build
 from test_train import Interrupted, run
@@ -27,11 +27,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from neo_ray import adapters, alignment, data, models, train
 from neo_ray.batches import plan_steps
+from neo_ray.bench_step import process_group
 from neo_ray.config import DataConfig
 from neo_ray.data import TokenData
 from neo_ray.loading import validate
 from neo_ray.memory import alignment_bytes, projection_parameters, shape_from_config
-from neo_ray.parts import Parts, Sources, load_parts
+from neo_ray.parts import ModelSource, Parts, Sources, load_parts
 from neo_ray.plan import make_plan
 from neo_ray.prepare import prepare
 from neo_ray.settings import (
@@ -44,6 +45,7 @@ from neo_ray.settings import (
     TrialConfig,
 )
 from neo_ray.space import build_space
+from neo_ray.student import Student
 
 PAIRS = ((0, 1), (1, 3))
 """The second one's states are those after the final norm, of both models."""
@@ -51,8 +53,8 @@ WEIGHT, KD_RATIO = 3.0, 0.3
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with process_group(0, 1, tmp_path_factory.mktemp("alone") / "meeting"):
+def one_process() -> Iterator[None]:
+    with process_group(CPU):
         yield
     torch.nn.functional.linear = train.LINEAR
 
@@ -81,14 +83,15 @@ def a_trial(
 # One step against the reference
 
 
-def make_student(trial: TrialConfig) -> train.Student:
+def make_student(trial: TrialConfig) -> Student:
     """A branch that is random on both sides and projections that are no identity, on models of equal width."""
     torch.manual_seed(0)
     parts = SimpleNamespace(student=make_model("student", "none"), teacher=make_model("teacher", "none"), device=CPU)
-    student = train.Student(
+    student = Student(
         adapters.attach(parts.student, trial),
         CPU,
         torch.float32,
+        trial.deepspeed.zero_stage,
         alignment.make_projections(trial, parts),  # type: ignore[arg-type]
     )
     generator = torch.Generator().manual_seed(5)
@@ -99,7 +102,7 @@ def make_student(trial: TrialConfig) -> train.Student:
     return student.train()
 
 
-def trained_of(student: train.Student) -> dict[str, Any]:
+def trained_of(student: Student) -> dict[str, Any]:
     return adapters.trained_parameters(student.model) | student.projection_parameters()
 
 
@@ -108,7 +111,7 @@ def step(trial: TrialConfig) -> tuple[dict[str, torch.Tensor], tuple[float, ...]
     student, split = make_student(trial), make_split()
     trained = trained_of(student)
     engine = train.build_engine(student, trained, trial, dist.get_world_size())
-    sources = Sources(student="tiny", data="made", teacher="tiny", vocabulary=VOCABULARY, pad_id=0)
+    sources = Sources(ModelSource("tiny"), "made", ModelSource("tiny"), VOCABULARY)
     tokens = TokenData(Path(), "made", {}, {"train": split})
     parts = Parts(sources, (), student.model, make_model("teacher", "none"), tokens, CPU, torch.float32)
     plan = plan_steps(split.num_tokens, split.num_labels, trial.training, 1, 0)
@@ -215,8 +218,7 @@ def test_a_model_in_bf16_is_compared_in_fp32() -> None:
     student = make_student(trial)
     student.dtype = torch.bfloat16
     ids_BL = torch.arange(2, 14)[None]
-    logits_BLV, projected = student(ids_BL, None, None, ids_BL)
-    assert logits_BLV.dtype == torch.bfloat16
+    _, projected = student(ids_BL, None, None, ids_BL)
     assert student.projections is not None
     with torch.autocast("cpu", torch.bfloat16):
         outputs = student.model(input_ids=ids_BL, output_hidden_states=True, use_cache=False)
@@ -245,7 +247,7 @@ CASES = {"zero 0": a_trial(micro=2), "zero 2, packed": a_trial("cosine", 2, 2, l
 
 def work(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    with process_group(rank, 2, folder / "meeting"):
+    with process_group(CPU, rank, 2, folder / "meeting"):
         found = {name: step(trial) for name, trial in CASES.items()}
     torch.save(found, folder / f"found-{rank}")
 
@@ -273,7 +275,8 @@ def sources(tiny_world: World, tmp_path_factory: pytest.TempPathFactory) -> Sour
     torch.manual_seed(3)
     teacher = tmp_path_factory.mktemp("teacher")
     LlamaForCausalLM(LlamaConfig(**{**SHAPE, "vocab_size": VOCABULARY, "hidden_size": 96})).save_pretrained(teacher)
-    return Sources(str(tiny_world.student), str(folder), str(teacher), len(tokenizer), tokenizer.pad_token_id)
+    student = ModelSource(str(tiny_world.student))
+    return Sources(student, str(folder), ModelSource(str(teacher)), len(tokenizer), tokenizer.pad_token_id)
 
 
 def a_run(stage: int = 0, seed: int = 0, steps: int = 6, **distill: Any) -> TrialConfig:
@@ -343,8 +346,8 @@ def test_weight_zero_is_the_trial_without_alignment_to_the_bit(sources: Sources)
     curves = []
     for trial in trials:
         parts = load_parts(sources, trial, CPU)
-        for model in (parts.student, parts.teacher):
-            model.register_forward_pre_hook(lambda _, __, given: asked.append(given), with_kwargs=True)  # type: ignore[union-attr]
+        for model in (models.decoder(parts.student), models.decoder(parts.teacher)):
+            model.register_forward_pre_hook(lambda _, __, given: asked.append(given), with_kwargs=True)
         curves.append(run(sources, trial, parts)[0])
     assert numbers(curves[0]) == numbers(curves[1])
     assert asked and not any(given.get("output_hidden_states") for given in asked)

@@ -47,6 +47,7 @@ def test_what_a_projection_does_not_hold_takes_the_hidden_state_and_says_why(why
 
 ALIVE: dict[str, dict[str, Any]] = {
     "dtype is searched": {"search": {"dtype": {"grid": ["fp32", "bf16"]}}},
+    "hidden states of a living teacher": {"search": {"alignment_weight": {"grid": [0, 1]}}},
     "placement": {"teacher": {"model": "./big", "placement": "offloaded"}},
 }
 
