@@ -1,7 +1,11 @@
 """How much memory does one worker need? The shape of a model, known without loading it, and a formula for each thing held.
 
 The formulas of activations and loss were fitted to the live tensors of Llama models in PyTorch (exact there); N is tokens of a
-micro-batch, padding included, V the vocabulary, H the hidden width.
+micro-batch, padding included, V the vocabulary, H the hidden width. On CPUs whole steps are measured against them
+(tests/test_memory.py); what differs on GPUs is read off the libraries' source and not measured.
+
+Attention keeps no scores of [L, L]: PyTorch takes its flash kernel on a CPU with and without a mask and gradient (seen in a
+profile, fp32 and bf16; attention dropout would end that), on a GPU flash without a mask and the memory-efficient one with it.
 """
 
 from __future__ import annotations
@@ -38,6 +42,8 @@ RUNTIME_BYTES = {"cpu": 600_000_000, "gpu": 700_000_000}
 """Python with torch, transformers and DeepSpeed; on a GPU the CUDA context."""
 ZERO_BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's default `reduce_bucket_size`, which is allocated whole in every backward pass from stage 1 on."""
+STARTS_FROM_BASE = ("pissa", "olora")
+"""Variants that keep the factors they began with beside the trained ones (`adapters.FromBase`)."""
 
 
 @dataclass(frozen=True)
@@ -191,14 +197,16 @@ def adapter_parameters(shape: ModelShape, lora: LoraConfig) -> int:
 
     DoRA adds a magnitude per output, MoSLoRA a mixer of rank × rank.
     """
-    layers = {name: sizes for name, sizes in shape.layers.items() if not is_named(name, lora.modules_to_save)}
-    total = sum(n_in * n_out for name, (n_in, n_out) in shape.layers.items() if name not in layers)
-    for name, (n_in, n_out) in layers.items():
-        if not _is_adapted(name, lora.target_modules):
-            continue
-        rank = lora.rank_of(name)
+    total = sum(n_in * n_out for name, (n_in, n_out) in shape.layers.items() if is_named(name, lora.modules_to_save))
+    for _, rank, n_in, n_out in _adapted(shape, lora):
         total += rank * (n_in + n_out) + {"dora": n_out, "moslora": rank * rank}.get(lora.variant, 0)
     return total
+
+
+def _adapted(shape: ModelShape, lora: LoraConfig) -> list[tuple[str, int, int, int]]:
+    """(full name, rank, in, out) of every layer with a branch."""
+    layers = {name: sizes for name, sizes in shape.layers.items() if not is_named(name, lora.modules_to_save)}
+    return [(name, lora.rank_of(name), *sizes) for name, sizes in layers.items() if _is_adapted(name, lora.target_modules)]
 
 
 def _is_adapted(name: str, wanted: str | tuple[str, ...]) -> bool:
@@ -239,11 +247,10 @@ def memory_per_worker(config: SweepConfig, trial: TrialConfig, teacher: ModelSha
         if shards[3] > 1 or trial.deepspeed.offload_parameters != "none"
         else 0
     )
-    bits = config.student.quantization
+    bits, on_gpu = config.student.quantization, config.resources.gpus_per_worker > 0
     places = (trial.deepspeed.offload_optimizer, trial.deepspeed.offload_parameters)
-    elsewhere = [config.resources.gpus_per_worker > 0 and place != "none" for place in places]  # host memory is not a GPU's
-    packed = trial.training.packing and trial.training.micro_batch(config.resources.workers_per_trial) > 1
-    return {
+    elsewhere = [on_gpu and place != "none" for place in places]  # host memory is not a GPU's
+    needs = {
         "frozen student": (
             0 if elsewhere[1] else _frozen_bytes(student, size, bits) if frozen and bits != "none" else frozen * size // shards[3]
         )
@@ -253,11 +260,17 @@ def memory_per_worker(config: SweepConfig, trial: TrialConfig, teacher: ModelSha
         "gradients": trained * FP32 // shards[2],
         "optimizer": 0 if elsewhere[0] else trained * (2 * FP32 + (FP32 if stage else 0)) // shards[1],
         "ZeRO bucket": _bucket_bytes(trial, trained),
-        "activations": activation_bytes(micro_batch_tokens(config, trial), trial, student, size, packed),
+        "activations": activation_bytes(micro_batch_tokens(config, trial), trial, student, size, _mask_width(config, trial)),
         "logits and loss": loss_bytes(config, trial, student, size),
         "hidden states": alignment_bytes(micro_batch_tokens(config, trial), trial, teacher, student),
-        "runtime": RUNTIME_BYTES["gpu" if config.resources.gpus_per_worker else "cpu"],
+        "runtime": RUNTIME_BYTES["gpu" if on_gpu else "cpu"],
     }
+    backward = needs["ZeRO bucket"] + needs["activations"] + needs["logits and loss"]
+    if (update := update_bytes(trained // shards[1], stage, on_gpu)) > backward:  # a worker holds the one or the other
+        needs["update beyond backward pass"] = update - backward
+    if trial.has_adapter and trial.lora.variant in STARTS_FROM_BASE:
+        needs["adapter's start"] = start_bytes(student, trial.lora, size, on_gpu)
+    return needs
 
 
 def _frozen_bytes(shape: ModelShape, size: int, quantization: str) -> int:
@@ -278,16 +291,44 @@ def _teacher_bytes(config: SweepConfig, shape: ModelShape, size: int) -> int:
     return (share + max(shape.layer_parameters, shape.vocab_size * shape.hidden_size)) * size
 
 
-def activation_bytes(num_tokens: int, trial: TrialConfig, shape: ModelShape, size: int, packed: bool = False) -> int:
+def update_bytes(trained: int, stage: int, on_gpu: bool) -> int:
+    """What the update makes beside weights, gradients and moments, when the backward pass has freed what it held.
+
+    AdamW's denominator. From stage 1 on all parameters are one tensor, of which PyTorch's plain loop (CPU) takes the root and
+    divides it into another; its `foreach` form (GPU) divides in place. At stage 0 DeepSpeed lays the gradients end to end
+    before that, and the loop goes through one parameter after another. Measured on a CPU at stages 0 and 2; the rest as read.
+    """
+    return FP32 * trained * (2 if stage and not on_gpu else 1)
+
+
+def start_bytes(shape: ModelShape, lora: LoraConfig, size: int, on_gpu: bool) -> int:
+    """A₀ and B₀ of PiSSA and OLoRA in fp32, the products' operands [A; A₀] and [B, −B₀] that the backward pass keeps.
+
+    The factors cached for later trials lie in host memory, and so count on a CPU alone.
+    """
+    factors = sum(rank * (n_in + n_out) for _, rank, n_in, n_out in _adapted(shape, lora))
+    return factors * (FP32 + 2 * size + (0 if on_gpu else FP32))
+
+
+def _mask_width(config: SweepConfig, trial: TrialConfig) -> int:
+    """Keys that the mask gives each token; 0 where there is no mask: a single sequence is neither padded nor packed."""
+    if trial.training.micro_batch(config.resources.workers_per_trial) == 1:
+        return 0
+    return micro_batch_tokens(config, trial) if trial.training.packing else config.data.max_length
+
+
+def activation_bytes(num_tokens: int, trial: TrialConfig, shape: ModelShape, size: int, mask_width: int = 0) -> int:
     """Kept for the backward pass of a micro-batch; with gradient checkpointing each layer's input, and one layer in full.
 
-    Packed sequences need a mask, [N, N] in the compute dtype, and with one PyTorch's attention keeps keys and values once a
-    query head. Assumption: that attention (sdpa) is used; flash attention has no mask.
+    Sequences of different lengths need a mask, in the compute dtype and in every layer [B, L, L] where they are padded, [N, N]
+    where they are packed; and with one PyTorch's attention keeps keys and values once a query head. Assumption: that attention
+    (sdpa) is used; flash attention has no mask.
     """
     hidden = (HIDDEN_BYTES_ADAPTER if trial.has_adapter else HIDDEN_BYTES_FULL) * shape.hidden_size
-    keys = 2 * size * (shape.num_heads if packed else shape.num_kv_heads) * shape.head_dim
-    mask = size * num_tokens if packed else 0
-    low_rank = 7 * size * trial.lora.rank if trial.has_adapter else 0
+    keys = 2 * size * (shape.num_heads if mask_width else shape.num_kv_heads) * shape.head_dim
+    mask = size * mask_width
+    twice = 2 if trial.lora.variant in STARTS_FROM_BASE else 1
+    low_rank = 7 * size * twice * trial.lora.rank if trial.has_adapter else 0
     layer = hidden + keys + mask + 4 * size * shape.intermediate_size + low_rank
     if trial.training.gradient_checkpointing:
         return num_tokens * (shape.num_layers * size * shape.hidden_size + layer)

@@ -53,7 +53,9 @@ def slot_loop(settings: dict[str, Any]) -> None:
     rank = ray.train.get_context().get_world_rank()
     log_to(Path(job.folder) / "logs" / f"slot-{job.slot}-rank-{rank}.log")
     board = ray.get_actor(job.board, namespace=NAMESPACE)
-    worker = Worker(board, job, rank, devices.local_device())
+    device = devices.local_device()
+    devices.map_large_blocks(device)
+    worker = Worker(board, job, rank, device)
     while True:
         box: list[Any] = [_take(board, job.slot) if rank == 0 else None]
         dist.broadcast_object_list(box, 0)

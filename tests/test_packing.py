@@ -171,7 +171,7 @@ def test_what_packing_keeps_for_the_backward_pass_is_counted(size: int) -> None:
         model(**models.inputs(model, batch.input_ids_BL, None, batch.position_ids_BL))
     measured = sum(storage.nbytes() for storage in kept.values())
     trial = TrialConfig(method="sft")
-    assert activation_bytes(240, trial, shape, size, packed=True) == pytest.approx(measured, rel=0.15)
+    assert activation_bytes(240, trial, shape, size, mask_width=240) == pytest.approx(measured, rel=0.15)
     assert activation_bytes(240, trial, shape, size) < 0.85 * measured
 
 
