@@ -13,7 +13,7 @@ import pytest
 import torch
 from measured_step import build, estimate
 
-from neo_ray import adapters, devices
+from neo_ray import adapters
 from neo_ray.memory import BF16, FP32, RUNTIME_BYTES, shape_from_config, start_bytes, update_bytes
 from neo_ray.settings import LoraConfig, TrialConfig
 
@@ -103,13 +103,8 @@ def test_factors_that_a_branch_starts_from_are_counted(variant: str) -> None:
     assert start_bytes(shape, lora, BF16, on_gpu=True) == found // 2
 
 
-def test_a_worker_gives_large_blocks_back_to_the_system() -> None:
-    devices.map_large_blocks(torch.device("cpu"))
-    block = torch.ones(4 << 20)
-    devices.reset_peak_memory(torch.device("cpu"))
-    before = devices.peak_memory_bytes(torch.device("cpu"))
-    guard = torch.ones(1 << 10)
-    del block
-    devices.reset_peak_memory(torch.device("cpu"))
-    assert before - devices.peak_memory_bytes(torch.device("cpu")) > 12 << 20
-    assert guard[0] == 1
+def test_every_layer_keeps_a_mask_where_sequences_are_padded() -> None:
+    case = CASES["mask"]
+    padded, alone = estimate(case)["activations"], estimate({**case, "sequences": 1})["activations"]
+    keys = 2 * (8 - 2) * 32  # keys and values once a query head: 8 instead of 2, of width 32
+    assert padded - 2 * alone == 4 * FP32 * 2 * 1024 * (1024 + keys)
