@@ -332,10 +332,18 @@ def activation_bytes(num_tokens: int, trial: TrialConfig, shape: ModelShape, siz
     mask = size * mask_width
     twice = 2 if trial.lora.variant in STARTS_FROM_BASE else 1
     low_rank = 7 * size * twice * trial.lora.rank if trial.has_adapter else 0
-    layer = hidden + keys + mask + 4 * size * shape.intermediate_size + low_rank
+    layer = hidden + keys + mask + 4 * size * shape.intermediate_size + low_rank + _branch_bytes(trial, shape, size)
     if trial.training.gradient_checkpointing:
         return num_tokens * (shape.num_layers * size * shape.hidden_size + layer)
     return num_tokens * shape.num_layers * layer
+
+
+def _branch_bytes(trial: TrialConfig, shape: ModelShape, size: int) -> int:
+    """Per token and layer: dropout gives each branch an input of its own, with a mask; DoRA keeps two summands to scale them."""
+    branches = _adapted(shape, trial.lora) if trial.has_adapter else []
+    dropped = sum(n_in for _, _, n_in, _ in branches) * (size + 1) if trial.lora.dropout else 0
+    scaled = sum(n_out for _, _, _, n_out in branches) * 2 * size if trial.lora.variant == "dora" else 0
+    return (dropped + scaled) // shape.num_layers
 
 
 def loss_bytes(config: SweepConfig, trial: TrialConfig, shape: ModelShape, size: int) -> int:

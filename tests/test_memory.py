@@ -43,6 +43,18 @@ CASES: dict[str, dict[str, Any]] = {
         "micro_batches": 2,
         "trial": {"method": "kd", "training": {"dtype": "bf16"}, "deepspeed": {"zero_stage": 0}},
     },
+    "dropout": {
+        "shape": {**DEEP, "num_hidden_layers": 4},
+        "sequences": 8,
+        "length": 256,
+        "trial": {"training": {"dtype": "fp32"}, "lora": {"dropout": 0.1, "rank": 16}},
+    },
+    "DoRA": {
+        "shape": {**DEEP, "num_hidden_layers": 4},
+        "sequences": 8,
+        "length": 256,
+        "trial": {"training": {"dtype": "fp32"}, "lora": {"variant": "dora", "rank": 16}},
+    },
     "mask": {
         "shape": {**DEEP, "num_hidden_layers": 4, "num_key_value_heads": 2},
         "sequences": 2,
@@ -51,7 +63,7 @@ CASES: dict[str, dict[str, Any]] = {
         "trial": {"training": {"dtype": "fp32"}},
     },
 }
-SLOW = ("bf16", "ZeRO 0, bf16", "mask")
+SLOW = ("bf16", "ZeRO 0, bf16", "dropout", "DoRA", "mask")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES])
