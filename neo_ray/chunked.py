@@ -12,19 +12,12 @@ import torch
 from torch import Tensor
 
 from neo_ray.losses import LossSums, neo_loss
+from neo_ray.memory import chunk_rows
 from neo_ray.models import AnyHead, Head
 from neo_ray.settings import DistillConfig
 
-CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}
-"""Of one chunk's fp32 logits, by kind of device: a core's caches are small, and a GPU wants large products."""
-
 TeacherLogits = Callable[[slice], Tensor]
 """Scored positions of a batch → the teacher's logits_CV there, of any float dtype, without gradient."""
-
-
-def chunk_rows(vocabulary: int, device: torch.device) -> int:
-    """Positions of a chunk."""
-    return max(1, CHUNK_BYTES[device.type] // (4 * vocabulary))
 
 
 def chunked_loss(
@@ -43,9 +36,9 @@ def chunked_loss(
         states_NH: the student's last hidden states, with gradient.
         head: gradients flow into its tensors where they are trained; a frozen head costs no product for them.
         teacher: None leaves plain cross-entropy.
-        rows: positions of a chunk; by default as many as `CHUNK_BYTES` hold.
+        rows: positions of a chunk; by default as many as `memory.CHUNK_BYTES` hold.
     """
-    rows = rows or chunk_rows(vocabulary, states_NH.device)
+    rows = rows or chunk_rows(vocabulary, states_NH.device.type)
 
     def chunk_loss(states_CH: Tensor, where: slice) -> LossSums:
         logits_CV = head.logits(states_CH, vocabulary)
@@ -121,7 +114,7 @@ def projected_loss(
     Args:
         projected: c_NH and constant_N at the temperature of `distill`; None leaves plain cross-entropy.
     """
-    rows = rows or chunk_rows(vocabulary, states_NH.device)
+    rows = rows or chunk_rows(vocabulary, states_NH.device.type)
     kd_ratio = distill.kd_ratio if projected is not None else 0.0
     total, ce, kd = _Projected.apply(
         states_NH, head, labels_N, projected, kd_ratio, distill.temperature, vocabulary, label_smoothing, rows

@@ -13,6 +13,7 @@ import torch
 from neo_ray import models, placement
 from neo_ray.data import Batch, Split, collate
 from neo_ray.losses import next_labels, scored
+from neo_ray.memory import chunk_rows
 from neo_ray.parts import Parts, rank_and_world_size, sum_over_ranks
 from neo_ray.settings import EvaluationConfig
 from neo_ray.teaching import Taught, teach_once
@@ -30,8 +31,6 @@ class Predicted:
 
 Predict = Callable[[Batch, int], Predicted]
 """(batch, vocabulary) → what a model says of it; every rank calls it equally often."""
-
-CHUNK = 256  # positions whose [chunk, V] fp32 logits are held at once: 130 MB at V = 128k
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,9 @@ def evaluate(predict: Predict, parts: Parts, split_name: str, settings: Evaluati
         predicted = predict(batch, parts.vocabulary)
         taught = teach_once(parts, split_name, batches[number], batch)  # by every rank: the teacher may be sharded
         with placement.head_in_full(parts.teacher):
-            found = _batch_sums(predicted, taught, next_labels(batch.labels_BL), split.num_bytes[batches[number]].sum())
+            found = _batch_sums(
+                predicted, taught, next_labels(batch.labels_BL), parts.vocabulary, split.num_bytes[batches[number]].sum()
+            )
         sums += found if counts else 0
     ce, kl, tokens, num_bytes = sum_over_ranks(sums.to(parts.device)).tolist()
     bits = ce / math.log(2) / num_bytes if num_bytes else math.nan
@@ -96,10 +97,11 @@ def evaluation_batches(split: Split, settings: EvaluationConfig) -> list[np.ndar
     return [order[start : start + settings.batch_size] for start in range(0, taken, settings.batch_size)]
 
 
-def _batch_sums(predicted: Predicted, taught: Taught, labels_N: torch.Tensor, num_bytes: int) -> torch.Tensor:
+def _batch_sums(predicted: Predicted, taught: Taught, labels_N: torch.Tensor, vocabulary: int, num_bytes: int) -> torch.Tensor:
     ce = kl = 0.0
-    for start in range(0, len(labels_N), CHUNK):
-        rows = slice(start, start + CHUNK)
+    size = chunk_rows(vocabulary, labels_N.device.type)
+    for start in range(0, len(labels_N), size):
+        rows = slice(start, start + size)
         logits_CV = predicted.logits(rows)
         ce += torch.nn.functional.cross_entropy(logits_CV, labels_N[rows], reduction="sum").item()
         kl += 0.0 if taught.is_silent else taught.kl_sum(logits_CV, predicted.states_NH, rows)

@@ -25,6 +25,8 @@ from neo_ray.settings import LoraConfig, TrialConfig, is_named
 FP32, BF16 = 4, 2
 # Live [N, V] fp32 tensors at the peak of loss and backward: logits of the whole batch and of the scored positions, log-softmaxes,
 # probabilities and their gradients. Counted (tests/test_losses.py), the most over kd_ratio and temperature.
+CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}
+"""Of a chunk's fp32 logits, by kind of device: a core's caches are small, and a GPU wants large products."""
 LOSS_TENSORS = {
     "none": 5,
     "forward_kl": 8,
@@ -44,6 +46,11 @@ ZERO_BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's default `reduce_bucket_size`, which is allocated whole in every backward pass from stage 1 on."""
 STARTS_FROM_BASE = ("pissa", "olora")
 """Variants that keep the factors they began with beside the trained ones (`adapters.FromBase`)."""
+
+
+def chunk_rows(vocabulary: int, device_type: str) -> int:
+    """Positions whose logits are held at once."""
+    return max(1, CHUNK_BYTES[device_type] // (FP32 * vocabulary))
 
 
 @dataclass(frozen=True)
@@ -347,11 +354,17 @@ def _branch_bytes(trial: TrialConfig, shape: ModelShape, size: int) -> int:
 
 
 def loss_bytes(config: SweepConfig, trial: TrialConfig, shape: ModelShape, size: int) -> int:
-    """The [N, V] tensors of the loss and its backward pass, or of an evaluation (all logits and the scored ones), if more."""
+    """The [C, V] tensors of a chunk of the loss, beside the scored hidden states and their gradient (and the teacher's states).
+
+    ZeRO-3 with a trained head alone has the [N, V] tensors of the whole micro-batch.
+    """
     kind = trial.distill.divergence if trial.has_teacher and trial.distill.kd_ratio > 0 else "none"
-    training = LOSS_TENSORS[kind] * FP32 * micro_batch_tokens(config, trial)
-    evaluation = 2 * size * trial.evaluation.batch_size * config.data.max_length
-    return max(training, evaluation) * shape.vocab_size
+    num_tokens, width = micro_batch_tokens(config, trial), FP32 * shape.vocab_size
+    if trial.deepspeed.zero_stage == 3 and not trial.has_adapter:
+        return LOSS_TENSORS[kind] * width * num_tokens
+    chunk = min(num_tokens, chunk_rows(shape.vocab_size, "cuda" if config.resources.gpus_per_worker else "cpu"))
+    head = width * shape.hidden_size * 2 if not trial.has_adapter else 0  # its gradient, of a chunk and summed up
+    return LOSS_TENSORS[kind] * width * chunk + head + 3 * size * num_tokens * shape.hidden_size
 
 
 def projection_parameters(trial: TrialConfig, teacher: ModelShape | None, student: ModelShape) -> int:

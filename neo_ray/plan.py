@@ -12,8 +12,8 @@ from typing import Literal
 from neo_ray.assets import ASSETS, PREFIX, is_quickstart
 from neo_ray.cautions import cautions
 from neo_ray.config import SweepConfig
-from neo_ray.memory import ModelShape, adapter_parameters, cached_snapshot, memory_per_worker, model_shapes
-from neo_ray.settings import TrialConfig
+from neo_ray.memory import ModelShape, adapter_parameters, cached_snapshot, compute_bytes, memory_per_worker, model_shapes
+from neo_ray.settings import TrainingConfig, TrialConfig
 from neo_ray.space import LENGTHS, Space, build_space
 from neo_ray.supply import Supply, choose, row_bytes
 from neo_ray.trials import fixed_settings, trials_planned
@@ -46,6 +46,8 @@ class Plan:
     """Of one worker of the largest trial; empty where the shape of a model is not known."""
     largest: TrialConfig
     """The trial that needs the most memory."""
+    least_memory_bytes: int
+    """What that trial's worker cannot do with less than: where `micro_batch_size` is `auto`, with one sequence at a time."""
     supply: Supply
     concurrency: str
     writes: tuple[str, ...]
@@ -61,7 +63,8 @@ def make_plan(config: SweepConfig, prepared: TrainSplit | None = None, overrides
     """The plan of a sweep. Raises ConfigError where its space is not sound."""
     space = build_space(config)
     teacher, student = model_shapes(config)
-    largest, memory = _largest_trial(config, space, teacher, student)
+    supply = choose(config, space)
+    largest, memory, least = _largest_trial(config, space, teacher, student, supply)
     tokens, certainty = _tokens(config, space, prepared)
     return Plan(
         config=config,
@@ -73,7 +76,8 @@ def make_plan(config: SweepConfig, prepared: TrainSplit | None = None, overrides
         tokens_are=certainty,
         memory_bytes=memory,
         largest=largest,
-        supply=choose(config, space),
+        least_memory_bytes=least,
+        supply=supply,
         concurrency=_concurrency(config),
         writes=tuple(_writes(config)),
         downloads=tuple(_downloads(config, teacher, student)),
@@ -147,12 +151,15 @@ def _estimated_tokens(config: SweepConfig) -> int | None:
 
 
 def _largest_trial(
-    config: SweepConfig, space: Space, teacher: ModelShape | None, student: ModelShape | None
-) -> tuple[TrialConfig, dict[str, int]]:
-    """The corner of the space that needs the most memory, and what it needs. Ignores which values go together."""
+    config: SweepConfig, space: Space, teacher: ModelShape | None, student: ModelShape | None, supply: Supply
+) -> tuple[TrialConfig, dict[str, int], int]:
+    """The corner of the space that needs the most memory, and what it needs: as set, and at least.
+
+    Ignores which values go together.
+    """
     base = config.trial
     if student is None or (config.teacher is not None and teacher is None):
-        return base, {}
+        return base, {}, 0
     alternatives = (
         "method",
         "target_modules",
@@ -171,9 +178,25 @@ def _largest_trial(
     options |= {name: [max(space.reach(name))] for name in growing if space.setters(name)}
     corners = [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
     trials = [space.trial_config(corner, base) for corner in corners]
-    needs = [memory_per_worker(config, trial, teacher, student) for trial in trials]
+    needs = [_needs(config, trial, teacher, student, supply) for trial in trials]
     largest = max(range(len(trials)), key=lambda i: sum(needs[i].values()))
-    return trials[largest], needs[largest]
+    smaller = [trial.model_copy(update={"training": _one_at_a_time(trial.training)}) for trial in trials]
+    least = max(sum(_needs(config, trial, teacher, student, supply).values()) for trial in smaller)
+    return trials[largest], needs[largest], least
+
+
+def _one_at_a_time(training: TrainingConfig) -> TrainingConfig:
+    return training.model_copy(update={"micro_batch_size": 1}) if training.micro_batch_size == "auto" else training
+
+
+def _needs(
+    config: SweepConfig, trial: TrialConfig, teacher: ModelShape | None, student: ModelShape, supply: Supply
+) -> dict[str, int]:
+    """A worker's bytes; of a teacher that a store speaks for it has the head at most."""
+    if teacher is None or supply.mode == "live":
+        return memory_per_worker(config, trial, teacher, student)
+    head = teacher.vocab_size * teacher.hidden_size * compute_bytes(config, trial) if supply.mode == "hidden" else 0
+    return memory_per_worker(config, trial, None, student) | {"teacher": head}
 
 
 def _runs_here(config: SweepConfig) -> bool:

@@ -121,7 +121,7 @@ def _run_on_ray(
     capacity = cluster.connect(config.resources)
     try:
         slots = cluster.concurrency(config.resources, capacity)
-        slots = cluster.fit_memory(config.resources, capacity, make_plan(config).total_memory_bytes, slots)
+        slots = cluster.fit_memory(config.resources, capacity, make_plan(config).least_memory_bytes, slots)
         announce(f"{capacity}: {slots} trials at a time")
         with lease(config.folder) as lost:
             if fresh:

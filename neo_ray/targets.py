@@ -25,9 +25,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from neo_ray import models
-from neo_ray.chunked import chunk_rows, projection
+from neo_ray.chunked import projection
 from neo_ray.data import Split, TokenData, collate
 from neo_ray.losses import scored
+from neo_ray.memory import chunk_rows
 from neo_ray.settings import ConfigError
 
 FORMAT_VERSION = 1
@@ -135,7 +136,7 @@ class Teacher:
         vocabulary = self.recipe.vocabulary
         made = [
             projection(self.head.logits(states_CG, vocabulary), self.student_head, vocabulary, temperature)
-            for states_CG in states_NG.split(chunk_rows(vocabulary, states_NG.device))
+            for states_CG in states_NG.split(chunk_rows(vocabulary, states_NG.device.type))
         ]
         c_NH, constant_N = (torch.cat(column) for column in zip(*made, strict=True))
         return c_NH.half(), constant_N

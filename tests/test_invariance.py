@@ -22,7 +22,7 @@ import torch
 import torch.multiprocessing as mp
 from tiny import VOCABULARY, make_llama
 
-from neo_ray import adapters, chunked, train
+from neo_ray import adapters, memory, train
 from neo_ray.batches import plan_steps
 from neo_ray.bench_step import process_group
 from neo_ray.data import Split, TokenData
@@ -267,12 +267,12 @@ def gradient_of(engine: Any, trained: dict[str, Any]) -> Iterator[dict[str, torc
 
 @contextmanager
 def chunks_of(rows: int) -> Iterator[None]:
-    before = chunked.CHUNK_BYTES["cpu"]
-    chunked.CHUNK_BYTES["cpu"] = rows * 4 * VOCABULARY
+    before = memory.CHUNK_BYTES["cpu"]
+    memory.CHUNK_BYTES["cpu"] = rows * 4 * VOCABULARY
     try:
         yield
     finally:
-        chunked.CHUNK_BYTES["cpu"] = before
+        memory.CHUNK_BYTES["cpu"] = before
 
 
 @contextmanager

@@ -35,6 +35,7 @@ def sweep(**sections: Any) -> SweepConfig:
         "data": {"source": "quickstart:owt", "max_length": 128},
         "resources": {"address": "auto"},
         "training": {"tokens": 10_000, "dtype": "bf16"},
+        "targets": {"mode": "live"},
     }
     return validate({**base, **sections})
 
@@ -179,7 +180,10 @@ def test_zero_shards_what_its_stage_says() -> None:
         (3, {"optimizer", "gradients", "trained weights"}),
     ]:
         alone, shared = at(stage, 1), at(stage, 4)
-        assert {name for name in alone if shared[name] * 4 == pytest.approx(alone[name], abs=8)} - {"ZeRO bucket"} == sharded
+        assert {name for name in alone if shared[name] * 4 == pytest.approx(alone[name], abs=8)} - {
+            "ZeRO bucket",
+            "hidden states",
+        } == sharded
     assert at(3, 4)["frozen student"] < full["frozen student"]
     assert at(3, 4)["teacher"] == full["teacher"]
 
@@ -191,12 +195,26 @@ def test_memory_follows_the_method_and_the_precision() -> None:
     assert neo["teacher"] == sft["teacher"] == 2 * teacher  # also without a teacher in the loss, KL is measured
     assert sft["frozen student"] == 0
     assert sft["gradients"] == 4 * student
-    assert sft["logits and loss"] < kd["logits and loss"] == neo["logits and loss"]
-    assert needs(distill={"kd_ratio": 0})["logits and loss"] == sft["logits and loss"]
+    assert sft["logits and loss"] < kd["logits and loss"]
+    assert kd["logits and loss"] == neo["logits and loss"] + 2 * 4 * 49_152 * 576, "the gradient of a head, of a chunk and in all"
+    assert needs(distill={"kd_ratio": 0})["logits and loss"] == needs(method="lora")["logits and loss"] < neo["logits and loss"]
     assert needs(training={"tokens": 1, "dtype": "fp32"})["frozen student"] == 4 * student
     checkpointed = needs(training={"tokens": 1, "dtype": "bf16", "gradient_checkpointing": True})
     assert checkpointed["activations"] < neo["activations"] / 5
     assert {k: v for k, v in checkpointed.items() if k != "activations"} == {k: v for k, v in neo.items() if k != "activations"}
+
+
+def test_a_worker_holds_no_teacher_that_a_store_speaks_for() -> None:
+    stored = needs(targets={"mode": "projection"})
+    assert stored["teacher"] == 0 and sum(stored.values()) < sum(needs().values())
+    assert needs(targets={"mode": "hidden"})["teacher"] == 2 * 49_152 * 576, "its head"
+
+
+def test_an_automatic_micro_batch_is_refused_only_where_one_sequence_does_not_fit() -> None:
+    training = {"tokens": 10_000, "dtype": "bf16", "batch_size": 32}
+    plans = [make_plan(sweep(training={**training, "micro_batch_size": size})) for size in ("auto", 1, 32)]
+    assert [plan.least_memory_bytes for plan in plans] == [plans[1].total_memory_bytes] * 2 + [plans[2].total_memory_bytes]
+    assert plans[0].total_memory_bytes == plans[2].total_memory_bytes
 
 
 def test_the_plan_shows_the_largest_trial_of_the_space() -> None:
