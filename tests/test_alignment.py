@@ -216,7 +216,7 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
 def test_a_model_in_bf16_is_compared_in_fp32() -> None:
     trial = a_trial()
     student = make_student(trial)
-    student.dtype = torch.bfloat16
+    student.dtype = student.model.to(torch.bfloat16).dtype  # type: ignore[assignment]
     ids_BL = torch.arange(2, 14)[None]
     _, projected = student(ids_BL, None, None, ids_BL)
     assert student.projections is not None
