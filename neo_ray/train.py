@@ -227,7 +227,7 @@ def optimizer_step(
     """All micro-batches of one step on this rank, then the update. Returns this rank's sums: loss, CE, KD, alignment.
 
     The loss is (1 − kd_ratio)·CE + kd_ratio·KD + alignment_weight·alignment: LLM-Neo's (see `neo_loss`) and, as an extra term,
-    that of `alignment.alignment_sum`, which no paper on LLM-Neo has.
+    that of `alignment.alignment_sum`, which LLM-Neo itself does not have.
     """
     rank, world_size = rank_and_world_size()
     devices.seed_step(trial.seed, step, rank)
