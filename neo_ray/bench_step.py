@@ -6,6 +6,7 @@ Shapes: B sequences, L tokens, V vocabulary, E examples of a split.
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from neo_ray import adapters, devices, train
+from neo_ray import adapters, devices, models, targets, train
 from neo_ray.batches import StepPlan, plan_steps
 from neo_ray.bench_turns import BASELINE, Announce, Measured, num_calls, take_turns
 from neo_ray.config import SweepConfig
@@ -30,6 +31,7 @@ from neo_ray.parts import ModelSource, Parts, Sources, load_parts, shape_of
 from neo_ray.prepare import make_student, prepare
 from neo_ray.settings import ConfigError, DeepSpeedConfig, LoraConfig, TrainingConfig, TrialConfig
 from neo_ray.student import Student
+from neo_ray.supply import row_bytes
 
 LORA = LoraConfig(rank=16, alpha=32)
 ADAM_MOMENTS_BYTES = 2 * 4
@@ -44,6 +46,8 @@ class StepArm:
     """Called as the project's own step is; returns loss, CE and KD."""
     has_whole_logits: bool = False
     """Does the engine's forward pass end with the logits of all positions?"""
+    targets: targets.Mode | None = None
+    """What speaks for the teacher; None: it is alive."""
 
 
 def measure_steps(config: SweepConfig | None, batch: int, length: int, rounds: int, announce: Announce) -> Measured:
@@ -64,8 +68,8 @@ def measure_steps(config: SweepConfig | None, batch: int, length: int, rounds: i
         parts = load_parts(make_student(config, prepare(config, announce), announce), trial, device)
     split = full_sequences(parts.data.split("train"), length, batch * steps)
     plan = plan_steps(split.num_tokens, split.num_labels, trial.training, points=1, seed=trial.seed)
-    with process_group(device):
-        running = {name: Running(arm, trial, parts, split, plan) for name, arm in ARMS.items()}
+    with process_group(device), tempfile.TemporaryDirectory() as folder:
+        running = {name: Running(arm, trial, parts, split, plan, Path(folder)) for name, arm in ARMS.items()}
         known = {name: _known(arm, running[name]) for name, arm in ARMS.items()}
         samples = take_turns({name: run.step for name, run in running.items()}, rounds, device, announce)
         for run in running.values():
@@ -85,11 +89,17 @@ def measure_steps(config: SweepConfig | None, batch: int, length: int, rounds: i
 
 
 class Running:
-    """An arm at work: a student, an adapter and an optimizer of its own; the teacher is shared."""
+    """An arm at work: a student, an adapter and an optimizer of its own; the teacher is shared.
 
-    def __init__(self, arm: StepArm, trial: TrialConfig, parts: Parts, split: Split, plan: StepPlan) -> None:
+    `folder`: for the stores of teachers that are not alive.
+    """
+
+    def __init__(self, arm: StepArm, trial: TrialConfig, parts: Parts, split: Split, plan: StepPlan, folder: Path) -> None:
         self.trial = TrialConfig.model_validate({**dict(trial), **arm.settings})
         self.parts = replace(parts, student=copy.deepcopy(parts.student))  # a model carries one adapter at a time
+        if arm.targets is not None:
+            store = fill_store(arm.targets, parts, split, folder / arm.targets)
+            self.parts = replace(self.parts, teacher=None, targets=store)
         self.student = Student(adapters.attach(self.parts.student, self.trial), parts.device, parts.dtype)
         self.student.has_whole_logits = arm.has_whole_logits
         self.trained = adapters.trained_parameters(self.student.model)
@@ -101,6 +111,20 @@ class Running:
         """Loss, CE and KD of the step."""
         rate = self.trial.training.learning_rate
         return self._arm.step(self.engine, self.trial, self.parts, self._split, self._plan, number, rate)[:3]
+
+
+def fill_store(mode: targets.Mode, parts: Parts, split: Split, folder: Path) -> targets.Store:
+    """What the living teacher says of a split, stored."""
+    data = TokenData(folder, "bench", {}, {"train": split})
+    recipe = targets.Recipe(mode, data.fingerprint, "bench", str(parts.dtype), parts.vocabulary)
+    head = models.output_head(parts.student) if mode == "projection" else None
+    teacher = targets.Teacher(recipe, parts.teacher, data, parts.sources.pad_id, head)
+    bytes_of_row = row_bytes(mode, (head or teacher.head).weight_VH.shape[1])
+    for shard in targets.shards(data, bytes_of_row):
+        targets.write_shard(folder, shard, teacher.fill(shard))
+    if mode == "hidden":
+        targets.write_head(folder, teacher.head)
+    return targets.open_store(folder, recipe, bytes_of_row, data, parts.device)
 
 
 def reference_step(
@@ -132,6 +156,8 @@ def reference_step(
 ARMS = {
     BASELINE: StepArm("LoRA-SFT, no teacher", {"method": "lora"}, train.optimizer_step),
     "neo": StepArm("Neo, live teacher", {"method": "neo"}, train.optimizer_step),
+    "neo_projection": StepArm("Neo, stored projections", {"method": "neo"}, train.optimizer_step, targets="projection"),
+    "neo_hidden": StepArm("Neo, stored hidden states", {"method": "neo"}, train.optimizer_step, targets="hidden"),
     "reference": StepArm("Neo as the reference trainer steps", {"method": "neo"}, reference_step, has_whole_logits=True),
 }
 
@@ -201,11 +227,12 @@ def _multiplied(shape: ModelShape) -> int:
 def _known(arm: StepArm, running: Running) -> dict[str, Any]:
     """What the arm alone would hold between steps (weights of its models, AdamW's moments), and its counted operations."""
     has_teacher = running.trial.has_teacher and running.parts.teacher is not None
-    models: list[Any] = [running.parts.student, *([running.parts.teacher] if has_teacher else [])]
-    weights = sum(p.numel() * p.element_size() for model in models for p in model.parameters())
+    held: list[Any] = [running.parts.student, *([running.parts.teacher] if has_teacher else [])]
+    weights = sum(p.numel() * p.element_size() for model in held for p in model.parameters())
     moments = ADAM_MOMENTS_BYTES * sum(p.numel() for p in running.trained.values())
-    shapes = [shape for model in models if (shape := shape_from_config(model.config.to_dict())) is not None]
-    counted = counted_ratio(running.trial.lora, *shapes) if len(shapes) == len(models) else None
+    shapes = [shape for model in held if (shape := shape_from_config(model.config.to_dict())) is not None]
+    counts = len(shapes) == len(held) and arm.targets != "hidden"  # whose teacher's head is not counted
+    counted = counted_ratio(running.trial.lora, *shapes) if counts else None
     return {"about": arm.about, "held_bytes": weights + moments, "counted_ratio": counted}
 
 

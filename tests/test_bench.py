@@ -79,7 +79,7 @@ def test_step_door_end_to_end(tiny_world: World, quiet_home: Path, capsys: pytes
     result = read(path)
     assert path.name.startswith("step-cpu") and result["benchmark"] == "step" and result["environment"]["python"]
     assert result["setting"]["scored_positions"] == 2 * 31
-    assert list(result["arms"]) == ["lora", "neo", "reference"]
+    assert list(result["arms"]) == ["lora", "neo", "neo_projection", "neo_hidden", "reference"]
     assert all(len(arm["seconds"]) == 3 and min(arm["seconds"]) > 0 for arm in result["arms"].values())
     assert result["arms"]["lora"]["held_bytes"] < result["arms"]["neo"]["held_bytes"] == result["arms"]["reference"]["held_bytes"]
     assert bench.markdown(result) in capsys.readouterr().out
@@ -117,24 +117,26 @@ def test_the_loss_arms_of_one_name_give_one_loss() -> None:
     assert abs(losses["neo"].item() - losses["lora"].item()) > 0.1
 
 
-def test_the_reference_takes_the_project_s_step(parts: Parts, process_group: None) -> None:
+def test_the_reference_takes_the_project_s_step(parts: Parts, process_group: None, tmp_path: Path) -> None:
     """On padded batches, over three updates: equal losses need equal gradients, up to a scale that AdamW does not see."""
     split, trial = parts.data.split("train"), exact_trial()
     assert len(set(split.num_tokens[:9].tolist())) > 1
     plan = plan_steps(split.num_tokens, split.num_labels, trial.training, points=1, seed=0)
-    running = {name: bench_step.Running(arm, trial, parts, split, plan) for name, arm in bench_step.ARMS.items()}
+    running = {name: bench_step.Running(arm, trial, parts, split, plan, tmp_path) for name, arm in bench_step.ARMS.items()}
     for step in range(3):
         sums, means = (torch.tensor(running[name].step(step)) for name in ("neo", "reference"))
         assert torch.allclose(sums / plan.labels[step], means, rtol=1e-5)
+        for name in ("neo_projection", "neo_hidden"):
+            assert torch.allclose(torch.tensor(running[name].step(step)) / plan.labels[step], means, atol=2e-3)
         loss, ce, kd = running["lora"].step(step)
         assert loss == ce and kd == 0
 
 
-def test_an_arm_leaves_the_shared_parts_alone(parts: Parts, process_group: None) -> None:
+def test_an_arm_leaves_the_shared_parts_alone(parts: Parts, process_group: None, tmp_path: Path) -> None:
     split, trial = parts.data.split("train"), exact_trial()
     plan = plan_steps(split.num_tokens, split.num_labels, trial.training, points=1, seed=0)
     before = {name: value.clone() for name, value in parts.student.state_dict().items()}
-    bench_step.Running(bench_step.ARMS["neo"], trial, parts, split, plan).step(0)
+    bench_step.Running(bench_step.ARMS["neo"], trial, parts, split, plan, tmp_path).step(0)
     assert parts.student.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in parts.student.state_dict().items())
 

@@ -1,0 +1,126 @@
+"""Does the teacher see every token once a sweep, whatever happens to the store? Real sweeps of the tiny world."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from doors import finish, start, sweep_file
+from test_faults import FAULT
+from tiny import World
+
+from neo_ray import builder
+from neo_ray.records import TrialRecord, load_records
+from neo_ray.settings import ConfigError
+
+SETTINGS: dict[str, Any] = {
+    "search": {"kd_ratio": {"grid": [0.5, 1.0]}},
+    "sampler": {"name": "grid"},
+    "scheduler": {"name": "none"},
+    "training": {"steps": 8, "batch_size": 4, "micro_batch_size": 2, "dtype": "fp32", "learning_rate": "1e-2"},
+}
+ALL_TOKENS = 7_440
+SMALL_SHARDS = """
+target = "neo_ray.targets"
+
+def inject(targets):
+    targets.SHARD_BYTES = 2**16
+"""
+DYING = """
+target = "neo_ray.targets"
+
+def inject(targets):
+    import os, pathlib
+    targets.SHARD_BYTES = 2**16
+    fill = targets.Teacher.fill
+
+    def dying(teacher, shard):
+        mark = pathlib.Path(__file__).with_name("died")
+        if shard.name == "train-00001" and not mark.exists():
+            mark.touch()
+            os._exit(1)
+        return fill(teacher, shard)
+
+    targets.Teacher.fill = dying
+"""
+
+
+def swept(
+    world: World, folder: Path, mode: str, cache: Path | None = None, fault: str = SMALL_SHARDS
+) -> tuple[str, list[TrialRecord]]:
+    """What the sweep said, and its records."""
+    folder.mkdir(exist_ok=True)
+    (folder / "sitecustomize.py").write_text(FAULT + fault)
+    storage = {"path": str(folder / "results"), "cache": str(cache or folder / "cache")}
+    process = start(sweep_file(world, folder, **SETTINGS, targets={"mode": mode}, storage=storage), also_import=folder)
+    text = finish(process)
+    assert process.returncode == 0, text
+    return text, load_records(folder / "results" / "tiny")
+
+
+def tokens_read(text: str) -> int:
+    found = re.search(r"the teacher reads ([\d,]+) tokens", text)
+    return int(found[1].replace(",", "")) if found else 0
+
+
+def scores(records: list[TrialRecord]) -> list[float]:
+    return [float(row[name]) for record in records for row in record.curve for name in ("train_kd", "select_ce", "select_kl")]
+
+
+@pytest.mark.slow
+def test_a_store_gives_the_trials_of_a_living_teacher_and_serves_the_next_sweep(tiny_world: World, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    _, living = swept(tiny_world, tmp_path / "live", "live")
+    for mode in ("projection", "hidden"):
+        text, stored = swept(tiny_world, tmp_path / mode, mode, cache)
+        assert tokens_read(text) == ALL_TOKENS
+        assert [record.details["targets"] for record in stored] == [mode] * 2
+        assert scores(stored) == pytest.approx(scores(living), abs=2e-3)
+    (shards,) = {path.parent for path in (cache / "targets").glob("*/*.safetensors") if "head" not in path.name} - {
+        path.parent for path in (cache / "targets").glob("*/head.safetensors")
+    }
+    harmed = shards / "train-00001.safetensors"
+    content = bytearray(harmed.read_bytes())
+    content[len(content) // 2] ^= 1
+    harmed.write_bytes(content)
+    text, again = swept(tiny_world, tmp_path / "again", "projection", cache)
+    assert 0 < tokens_read(text) < ALL_TOKENS / 2, "the harmed shard alone"
+    text, _ = swept(tiny_world, tmp_path / "more", "projection", cache)
+    assert tokens_read(text) == 0 and "reused from" in text
+    assert scores(again) == pytest.approx(scores(living), abs=2e-3)
+
+
+@pytest.mark.slow
+def test_a_teacher_that_dies_goes_on_where_it_was(tiny_world: World, tmp_path: Path) -> None:
+    text, records = swept(tiny_world, tmp_path / "dying", "projection", fault=DYING)
+    assert (tmp_path / "dying" / "died").exists()
+    assert [record.state for record in records] == ["COMPLETE", "COMPLETE"], text
+
+
+@pytest.mark.slow
+def test_two_sweeps_that_need_the_same_store_fill_it_once(tiny_world: World, tmp_path: Path) -> None:
+    running = []
+    for name in ("one", "other"):
+        folder = tmp_path / name
+        folder.mkdir()
+        storage = {"path": str(folder / "results"), "cache": str(tmp_path / "cache")}
+        running.append(start(sweep_file(tiny_world, folder, **SETTINGS, targets={"mode": "projection"}, storage=storage)))
+    texts = [finish(process) for process in running]
+    assert [process.returncode for process in running] == [0, 0], texts
+    assert sorted(tokens_read(text) for text in texts) == [0, ALL_TOKENS]
+
+
+def test_a_disk_too_small_is_refused_before_anything_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    data: Any = SimpleNamespace(split=lambda name: SimpleNamespace(num_labels=SimpleNamespace(__getitem__=None)))
+    monkeypatch.setattr(builder.targets, "num_rows", lambda split, shard: 10**6)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**8))
+    shard = builder.targets.Shard("train", 0, 0, 1)
+    builder._check_disk(tmp_path, data, [shard], bytes_of_row=90)
+    with pytest.raises(
+        ConfigError, match=r"storage.cache: the teacher's targets take 0.1 GB and .* has 0.1 GB; name a larger disk"
+    ):
+        builder._check_disk(tmp_path, data, [shard], bytes_of_row=95)
