@@ -26,10 +26,11 @@ from neo_ray.bench_turns import BASELINE, Announce, Measured, num_calls, take_tu
 from neo_ray.config import SweepConfig
 from neo_ray.data import Split, TokenData, collate
 from neo_ray.losses import IGNORED
-from neo_ray.memory import ModelShape, adapter_parameters, shape_from_config
+from neo_ray.memory import adapter_parameters
 from neo_ray.parts import ModelSource, Parts, Sources, load_parts, shape_of
 from neo_ray.prepare import make_student, prepare
 from neo_ray.settings import ConfigError, DeepSpeedConfig, LoraConfig, TrainingConfig, TrialConfig
+from neo_ray.shapes import ModelShape, shape_from_config
 from neo_ray.student import Student
 from neo_ray.supply import row_bytes
 

@@ -44,11 +44,13 @@ class Board:
         """The next trial for a slot: (id, job), ("", None) when there is none yet, ("closed", None) at the end."""
         async with self.changed:
             self.slots.add(slot)
+            if (stale := self.in_slot.pop(slot, None)) is not None:  # taken by a call that dead workers had left behind
+                self.queue.appendleft(stale)
             await self._wait(lambda: bool(self.queue) or self.closed)
             while self.queue:
                 trial = self.queue.popleft()
                 if trial in self.cancelled:
-                    self._add(trial, {"kind": "end", "state": "PRUNED"})
+                    self._end(slot, trial, {"state": "PRUNED"})
                     continue
                 if not self.closed:
                     self.in_slot[slot] = trial

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import filelock
 import ray
-from ray.util import ActorPool
 
 from neo_ray import models, targets
 from neo_ray.config import SweepConfig
 from neo_ray.data import TokenData, open_data
-from neo_ray.parts import ModelSource, Sources, TargetSource
+from neo_ray.parts import Sources, TargetSource
 from neo_ray.settings import ConfigError
 from neo_ray.supply import Supply, row_bytes
 
@@ -29,32 +31,78 @@ class TargetsFailed(RuntimeError):
     """The teacher cannot fill the store."""
 
 
-def stored_targets(config: SweepConfig, supply: Supply, sources: Sources, workers: int, announce: Announce) -> Sources:
+def stored_targets(
+    config: SweepConfig, supply: Supply, sources: Sources, workers: int, tokens_of_trials: int | None, announce: Announce
+) -> Sources:
     """The sources with a whole store in place of the teacher. What is there already and intact is taken as it is.
+
+    Under `targets.mode: auto` the teacher stays alive where a store does not pay, does not fit, or cannot hold its numbers.
 
     Args:
         workers: how many actors may work at once, each with a trial worker's resources.
+        tokens_of_trials: what all trials together train on, where that is known.
 
     Raises:
         ConfigError: the disk is too small, or the mode does not suit the models.
-        TargetsFailed: an actor keeps dying.
+        TargetsFailed: the teacher does not load, or an actor keeps dying.
     """
     if supply.mode == "live" or sources.teacher is None:
         return sources
-    assert supply.mode in ("projection", "hidden")
     data = open_data(sources.data)
+    source = _source(config, supply, sources, data)
+    folder, cut = Path(source.folder), targets.shards(data, source.bytes_of_row)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _sole_builder(folder, announce):
+        lacking = targets.missing(folder, data, cut) or ([] if targets.head_is_whole(folder, source.recipe) else cut[:1])
+        try:
+            if lacking:
+                for part in folder.glob(f"{targets.PART}*"):  # of a builder that was killed
+                    part.unlink(missing_ok=True)
+                _check_pays(config, data, tokens_of_trials)
+                _check_disk(folder, data, lacking, source.bytes_of_row)
+                _fill(config, source, sources, data, lacking, workers, announce)
+            else:
+                announce(f"the teacher's targets ({supply.mode}): reused from {folder}")
+        except ConfigError as error:
+            if config.targets.mode != "auto":
+                raise
+            announce(f"the teacher runs in every trial: {error}")
+            return sources
+    return dataclasses.replace(sources, targets=source)
+
+
+def _source(config: SweepConfig, supply: Supply, sources: Sources, data: TokenData) -> TargetSource:
+    assert supply.mode != "live" and sources.teacher is not None
+    projects = supply.mode == "projection"
     recipe = targets.Recipe(
         mode=supply.mode,
         data=data.fingerprint,
         teacher=models.identity(sources.teacher.path, sources.teacher.revision),
-        dtype=_precision(config),
+        dtype=_dtype_of_workers(config, supply.dtype),
+        quantization=sources.teacher.quantization,
         vocabulary=sources.vocabulary,
-        temperature=supply.temperature if supply.mode == "projection" else 1.0,
-        head=models.identity(sources.student.path, sources.student.revision) if supply.mode == "projection" else None,
+        temperature=supply.temperature if projects else 1.0,
+        head=models.identity(sources.student.path, sources.student.revision) if projects else None,
     )
-    source = TargetSource(str((config.cache / "targets" / recipe.key).resolve()), recipe, _bytes_of_row(supply.mode, sources))
-    folder, cut = Path(source.folder), targets.shards(data, source.bytes_of_row)
-    folder.mkdir(parents=True, exist_ok=True)
+    return TargetSource(str((config.cache / "targets" / recipe.key).resolve()), recipe, _bytes_of_row(supply.mode, sources))
+
+
+def _dtype_of_workers(config: SweepConfig, name: str) -> str:
+    """The precision that `auto` comes to where the trials run, which may be another kind of machine."""
+    from neo_ray import devices
+
+    def resolved() -> str:
+        return str(devices.resolve_dtype(name, devices.local_device()))
+
+    if name != "auto" or not (config.resources.address or config.resources.gpus_per_worker):
+        return resolved()
+    worker = ray.remote(resolved).options(num_cpus=config.resources.cpus_per_worker, num_gpus=config.resources.gpus_per_worker)
+    return ray.get(worker.remote())
+
+
+@contextmanager
+def _sole_builder(folder: Path, announce: Announce) -> Iterator[None]:
+    """Of sweeps that need the same store at once, one fills it, and the others find it whole."""
     lock = filelock.FileLock(folder.with_name(f"{folder.name}.lock"))
     while True:
         try:
@@ -63,27 +111,16 @@ def stored_targets(config: SweepConfig, supply: Supply, sources: Sources, worker
         except filelock.Timeout:
             announce("waiting for another sweep, which fills the same store of targets")
     try:
-        lacking = targets.missing(folder, data, cut)
-        if not lacking:
-            announce(f"the teacher's targets ({supply.mode}): reused from {folder}")
-        else:
-            _check_disk(folder, data, lacking, source.bytes_of_row)
-            _fill(config, source, sources, data, lacking, workers, announce)
+        yield
     finally:
         lock.release()
-    return dataclasses.replace(sources, targets=source)
 
 
-def head_soft_cap(student: ModelSource) -> float | None:
-    """The soft-cap of a model's logits, from its config."""
-    own = models.read_config(student.path, student.revision, student.trust_remote_code, "student.model")
-    return getattr(own.get_text_config(), "final_logit_softcapping", None)
-
-
-def _precision(config: SweepConfig) -> str:
-    """What decides in which numbers the teacher computes; `auto` is another on another kind of device."""
-    bits = config.teacher.quantization if config.teacher is not None else "none"
-    return f"{config.training.dtype} on a {'GPU' if config.resources.gpus_per_worker else 'CPU'}, quantization {bits}"
+def _check_pays(config: SweepConfig, data: TokenData, tokens_of_trials: int | None) -> None:
+    """Raises ConfigError where the teacher would read more for the store than for all trials, and nobody asked for a store."""
+    whole = int(data.split("train").num_tokens.sum())
+    if config.targets.mode == "auto" and tokens_of_trials is not None and tokens_of_trials < whole:
+        raise ConfigError(f"all trials together train on {tokens_of_trials:,} tokens, and the data has {whole:,}")
 
 
 def _bytes_of_row(mode: str, sources: Sources) -> int:
@@ -112,57 +149,107 @@ def _fill(
     workers: int,
     announce: Announce,
 ) -> None:
-    """Give shards to actors until none is lacking. A dead actor starts again; a shard is written whole or not at all."""
-    resources = config.resources
-    options = {
-        "num_cpus": resources.cpus_per_worker,
-        "num_gpus": resources.gpus_per_worker,
-        "max_restarts": resources.max_failures,
-    }
-    threads = str(max(1, int(resources.cpus_per_worker)))
+    """Give shards to actors that are up until none is lacking: one that waits for a node keeps nobody waiting."""
+    resources, todo, left = config.resources, deque(lacking), len(lacking)
     builder: Any = ray.remote(_Builder).options(
-        **options, max_task_retries=resources.max_failures, runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}}
+        num_cpus=resources.cpus_per_worker,
+        num_gpus=resources.gpus_per_worker,
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(max(1, int(resources.cpus_per_worker)))}},
     )
-    actors = [builder.remote(source, sources, config.training.dtype) for _ in range(min(workers, len(lacking)))]
+    actors: list[Any] = []
+    busy: dict[Any, tuple[Any, targets.Shard | None]] = {}
+
+    def begin() -> None:
+        actors.append(builder.remote(source, sources))
+        busy[actors[-1].ready.remote()] = actors[-1], None
+
     total = sum(int(data.split(s.split).num_tokens[s.first : s.last].sum()) for s in lacking)
     announce(f"the teacher reads {total:,} tokens, once for all trials ({source.recipe.mode} targets, at {source.folder})")
-    seen, started, spoken = 0, time.monotonic(), time.monotonic()
+    speed, failures = _Speed(total, announce), 0
     try:
-        for tokens in ActorPool(actors).map_unordered(lambda actor, shard: actor.fill.remote(shard), lacking):
-            seen += tokens
-            if time.monotonic() - spoken > SECONDS_BETWEEN_WORDS:
-                spoken = time.monotonic()
-                rate = seen / (spoken - started)
-                announce(f"  {seen:,} of {total:,} tokens, {rate:,.0f} tokens/s, about {(total - seen) / rate:.0f} s left")
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause if isinstance(error.cause, ConfigError) else None
-        raise cause or TargetsFailed(f"the teacher's targets: {str(error).strip().splitlines()[-1]}") from None
-    except ray.exceptions.RayError as error:
-        raise TargetsFailed(f"the teacher's targets: {str(error).strip().splitlines()[0]}") from None
+        for _ in range(min(workers, left)):
+            begin()
+        while left:
+            done, _ = ray.wait(list(busy), timeout=SECONDS_BETWEEN_WORDS)
+            if not done:
+                speed.silent(len(actors))
+                continue
+            actor, shard = busy.pop(done[0])
+            try:
+                tokens = ray.get(done[0])
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause if isinstance(error.cause, ConfigError) else TargetsFailed(_last_line(error)) from None
+            except ray.exceptions.RayError as error:  # its process died
+                failures += 1
+                if failures > resources.max_failures:
+                    raise TargetsFailed(_last_line(error)) from None
+                todo.extendleft([shard] if shard is not None else [])
+                begin()
+                continue
+            left -= shard is not None
+            speed.add(tokens)
+            if todo:
+                shard = todo.popleft()
+                busy[actor.fill.remote(shard)] = actor, shard
     finally:
         for actor in actors:
             ray.kill(actor)
-    announce(f"  done: {seen / (time.monotonic() - started):,.0f} tokens/s")
+    speed.end()
+
+
+def _last_line(error: BaseException) -> str:
+    logging.getLogger("neo_ray").error("the store of targets: %s", error)
+    return f"the teacher's targets: {str(error).strip().splitlines()[-1][:300]}"
+
+
+class _Speed:
+    """Says from time to time how fast the teacher reads, from the first shard on."""
+
+    def __init__(self, total: int, announce: Announce) -> None:
+        self.total, self.announce, self.seen = total, announce, 0
+        self.started = self.spoken = time.monotonic()
+
+    def add(self, tokens: int) -> None:
+        if not self.seen and not tokens:  # an actor is up
+            self.started = time.monotonic()
+        self.seen += tokens
+        now = time.monotonic()
+        if self.seen and now - self.spoken > SECONDS_BETWEEN_WORDS:
+            self.spoken, rate = now, self.seen / (now - self.started)
+            left = (self.total - self.seen) / rate
+            self.announce(f"  {self.seen:,} of {self.total:,} tokens, {rate:,.0f} tokens/s, about {left:.0f} s left")
+
+    def silent(self, num_actors: int) -> None:
+        if not self.seen and time.monotonic() - self.spoken > 6 * SECONDS_BETWEEN_WORDS:
+            self.spoken = time.monotonic()
+            self.announce(f"  waiting for room for the teacher ({num_actors} workers asked for)")
+
+    def end(self) -> None:
+        self.announce(f"  done: {self.seen / (time.monotonic() - self.started):,.0f} tokens/s")
 
 
 class _Builder:
     """Holds the teacher, and fills a shard at a time."""
 
-    def __init__(self, source: TargetSource, sources: Sources, dtype_name: str) -> None:
+    def __init__(self, source: TargetSource, sources: Sources) -> None:
+        self.source, self.sources, self.folder = source, sources, Path(source.folder)
+
+    def ready(self) -> int:
+        """Load the models; returns no tokens."""
         from neo_ray import devices
         from neo_ray.parts import load_source
 
-        device = devices.local_device()
-        dtype = devices.resolve_dtype(dtype_name, device)
+        device, recipe, sources = devices.local_device(), self.source.recipe, self.sources
+        dtype = devices.named_dtype(recipe.dtype)
         assert sources.teacher is not None
         head = None
-        if source.recipe.mode == "projection":
+        if recipe.mode == "projection":
             head = models.output_head(load_source(sources.student, dtype, device, "student.model")).copy()
         teacher = load_source(sources.teacher, dtype, device, "teacher.model")
-        self.folder = Path(source.folder)
-        self.teacher = targets.Teacher(source.recipe, teacher, open_data(sources.data), sources.pad_id, head)
-        if source.recipe.mode == "hidden":
+        self.teacher = targets.Teacher(recipe, teacher, open_data(sources.data), sources.pad_id, head)
+        if recipe.mode == "hidden":
             targets.write_head(self.folder, self.teacher.head)
+        return 0
 
     def fill(self, shard: targets.Shard) -> int:
         """Returns the tokens that the teacher has seen for it."""

@@ -157,16 +157,18 @@ class _Projected(torch.autograd.Function):
                 kd_C = temperature**2 * (soft_lse_C - constant_C) - temperature * (states_CH.float() * c_CH).sum(dim=-1)
                 if kd_ratio and temperature != 1:
                     soft_CV = torch.exp_(logits_CV / temperature - soft_lse_C[:, None]).mul_(kd_ratio * temperature)
-            # labels are taken off before the product is rounded: where the student is sure, softmax and label nearly cancel
+            # The label's share of labels and teacher is taken off before the product is rounded, and what the teacher has too
+            # little of it given back: where student and teacher are sure, probability and share nearly cancel.
+            soft = kd_ratio * temperature if projected is not None else 0.0
             gradient_CV = torch.exp_(logits_CV.sub_(lse_C[:, None]))
             gradient_CV.mul_(1.0 if temperature == 1 else 1 - kd_ratio).add_(soft_CV)
             hard = torch.full_like(label_C, -(1 - kd_ratio) * (1 - label_smoothing))
-            gradient_CV.scatter_add_(-1, labels_C1, hard[:, None])
+            gradient_CV.scatter_add_(-1, labels_C1, (hard - soft)[:, None])
             if label_smoothing:
                 gradient_CV.sub_((1 - kd_ratio) * label_smoothing / vocabulary)
             gradient_CH = scale * (gradient_CV.to(weight_VH.dtype) @ weight_VH).float()
             if projected is not None:
-                gradient_CH -= kd_ratio * temperature * c_CH
+                gradient_CH -= soft * (c_CH - scale * weight_VH[labels_C1[:, 0]].float())
             gradient_NH[where] = gradient_CH.to(states_NH.dtype)
             total_C = (1 - kd_ratio) * hard_C + kd_ratio * kd_C if kd_ratio else hard_C
             sums += torch.stack([total_C.sum(), ce_C.sum(), kd_C.sum()])

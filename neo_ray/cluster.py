@@ -172,6 +172,12 @@ def fit_memory(resources: ResourcesConfig, capacity: Capacity, worker_bytes: int
     return min(slots, fits)
 
 
+def builders(resources: ResourcesConfig, capacity: Capacity, builder_bytes: int, slots: int) -> int:
+    """Workers that may fill a store of targets at once: as many as the slots have, or as memory allows for the teacher."""
+    alone = resources.model_copy(update={"workers_per_trial": 1, "concurrency": "auto"})
+    return fit_memory(alone, capacity, builder_bytes, slots * resources.workers_per_trial)
+
+
 def _node(found: dict[str, Any]) -> Node:
     offered = found["Resources"]
     kinds = [name.removeprefix("accelerator_type:") for name in offered if name.startswith("accelerator_type:")]

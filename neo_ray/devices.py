@@ -32,6 +32,11 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return BF16 if torch.cpu._is_avx512_bf16_supported() else FP32
 
 
+def named_dtype(name: str) -> torch.dtype:
+    """`torch.bfloat16` → that."""
+    return {str(dtype): dtype for dtype in (FP32, BF16, FP16)}[name]
+
+
 def describe(device: torch.device) -> str:
     """The device's name for a record: what the timings were taken on."""
     if device.type == "cuda":

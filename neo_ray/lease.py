@@ -22,6 +22,10 @@ HEARTBEAT_SECONDS = 10.0
 SILENCE_SECONDS = 60.0
 
 
+class LeaseLost(RuntimeError):
+    """Another driver took this sweep over."""
+
+
 @contextmanager
 def lease(folder: Path, silence_seconds: float = SILENCE_SECONDS) -> Iterator[threading.Event]:
     """Hold `<folder>/lease.json`. A dead process on this host or silence is taken over; a living driver is refused.
@@ -31,6 +35,7 @@ def lease(folder: Path, silence_seconds: float = SILENCE_SECONDS) -> Iterator[th
 
     Raises:
         ConfigError: another driver is at work.
+        LeaseLost: in place of that interrupt.
     """
     path, nonce = folder / "lease.json", uuid.uuid4().hex
     folder.mkdir(parents=True, exist_ok=True)
@@ -41,6 +46,10 @@ def lease(folder: Path, silence_seconds: float = SILENCE_SECONDS) -> Iterator[th
     thread.start()
     try:
         yield lost
+    except KeyboardInterrupt:
+        if lost.is_set():
+            raise LeaseLost(f"another driver took {folder} over, as this one was thought dead") from None
+        raise
     finally:
         ended.set()
         thread.join()

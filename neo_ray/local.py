@@ -8,8 +8,8 @@ from pathlib import Path
 from neo_ray import sources
 from neo_ray.assets import is_quickstart
 from neo_ray.config import SweepConfig
-from neo_ray.memory import model_shapes
 from neo_ray.settings import ConfigError
+from neo_ray.shapes import model_shapes
 
 
 def check_data(config: SweepConfig) -> None:

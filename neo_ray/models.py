@@ -24,9 +24,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from neo_ray.config import Quantization
 from neo_ray.local import locate_model
-from neo_ray.memory import cached_snapshot
 from neo_ray.quickstart import without_progress_bars
 from neo_ray.settings import ConfigError
+from neo_ray.shapes import cached_snapshot
 
 PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
 """Special tokens that stand for padding in published tokenizers, the clearest first (Llama 3.1, SmolLM2 and Qwen, Llama 2)."""

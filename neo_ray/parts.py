@@ -95,6 +95,8 @@ def load_parts(sources: Sources, trial: TrialConfig, device: torch.device) -> Pa
     student = load_source(sources.student, dtype if trial.has_adapter else devices.FP32, device, "student.model")
     data, teacher, store = open_data(sources.data), None, None
     if sources.targets is not None:
+        if sources.targets.recipe.dtype != str(dtype):
+            raise RuntimeError(f"the teacher's targets were made in {sources.targets.recipe.dtype}, and this worker has {dtype}")
         store = open_store(Path(sources.targets.folder), sources.targets.recipe, sources.targets.bytes_of_row, data, device)
     elif sources.teacher is not None:
         begun = device if sources.teacher_placement == "replicated" else torch.device("cpu")

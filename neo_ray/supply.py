@@ -21,6 +21,8 @@ class Supply:
     """In a few words, for the plan."""
     temperature: float = 1.0
     """Of the projections that trials train with."""
+    dtype: str = "auto"
+    """Of all trials."""
 
 
 def row_bytes(mode: str, width: int) -> int:
@@ -44,6 +46,8 @@ def choose(config: SweepConfig, space: Space, soft_cap: float | None = None) -> 
     if wanted == "live":
         return Supply("live", "as asked")
     alive = next(_against_a_store(config, space), None)
+    if wanted == "auto" and not _is_taught(space):
+        return Supply("live", "no trial trains on what the teacher says, and held-out text takes it once a worker")
     if alive and wanted != "auto":
         raise ConfigError(f"targets.mode: {wanted} cannot be: {alive}; allowed: live, auto")
     if alive:
@@ -51,17 +55,18 @@ def choose(config: SweepConfig, space: Space, soft_cap: float | None = None) -> 
     against = next(_against_projection(space, soft_cap), None)
     if wanted == "projection" and against:
         raise ConfigError(f"targets.mode: projection is not exact here: {against}; allowed: hidden, live, auto")
+    (dtype,) = space.reach("dtype")
     if wanted == "hidden" or against:
-        return Supply("hidden", against or "as asked")
+        return Supply("hidden", against or "as asked", dtype=dtype)
     (temperature,) = _temperatures(space)
-    return Supply("projection", "forward KL through a frozen head needs no more", temperature)
+    return Supply("projection", "forward KL through a frozen head needs no more", temperature, dtype)
 
 
 def _against_a_store(config: SweepConfig, space: Space) -> Iterator[str]:
     """Why the teacher has to be alive in every trial."""
     if len(space.reach("dtype")) > 1:
         yield "training.dtype is searched, and the teacher's numbers depend on it"
-    if _is_taught(space) and any(weight > 0 for weight in space.reach("alignment_weight")):
+    if {"kd", "neo"} & set(space.reach("method")) and any(weight > 0 for weight in space.reach("alignment_weight")):
         yield "distill.alignment_weight compares hidden states of a living teacher"
     if config.teacher is not None and config.teacher.placement != "replicated":
         yield f"teacher.placement: {config.teacher.placement} takes all workers of a trial"
@@ -90,7 +95,7 @@ def _temperatures(space: Space) -> list[float]:
 
 
 def _is_taught(space: Space) -> bool:
-    return bool({"kd", "neo"} & set(space.reach("method")))
+    return bool({"kd", "neo"} & set(space.reach("method"))) and any(ratio > 0 for ratio in space.reach("kd_ratio"))
 
 
 def _layers(value: Any) -> list[str]:

@@ -20,10 +20,11 @@ from typing import Any
 
 from neo_ray import loading, local, refusals
 from neo_ray.config import SweepConfig
-from neo_ray.plan import make_plan, render
+from neo_ray.plan import TrainSplit, make_plan
+from neo_ray.plan_text import render
 from neo_ray.settings import ConfigError
 from neo_ray.space import Space, build_space
-from neo_ray.supply import choose
+from neo_ray.supply import Supply, choose
 from neo_ray.trials import differences, retried, settings_to_run, trials_planned
 
 
@@ -79,16 +80,16 @@ def run(config: SweepConfig, space: Space, fresh: bool = False, retry_failed: bo
     refuse_if_held(config.folder)
     announce(f"sweep {config.name}: preparing")
     _quiet()
-    from neo_ray.prepare import check_same_sources, identities, prepare
+    from neo_ray.prepare import check_same_sources, identities, prepare, supply_of
 
     sources = prepare(config, announce)
-    identity = identities(config, sources)
+    supply, identity = supply_of(config, sources), identities(config, sources)
     if not fresh:
         check_same_sources(config.folder, identity, "take another name, or --fresh to put that sweep aside")
     records = [] if fresh else retried(fold(Journal(config.folder).events()), retry_failed)
     code = 0
     if settings_to_run(config, space, records)[1]:
-        code = _run_on_ray(config, space, sources, identity, fresh, retry_failed, console, announce)
+        code = _run_on_ray(config, space, sources, supply, identity, fresh, retry_failed, console, announce)
     else:
         announce(f"all {trials_planned(config, space)} trials have run; nothing is left to do (more: sampler.num_trials=…)")
     _report(config.folder, console)
@@ -99,6 +100,7 @@ def _run_on_ray(
     config: SweepConfig,
     space: Space,
     sources: Any,
+    supply: Supply,
     identity: dict[str, str],
     fresh: bool,
     retry_failed: bool,
@@ -109,8 +111,8 @@ def _run_on_ray(
     import ray
 
     from neo_ray import cluster
-    from neo_ray.builder import TargetsFailed, head_soft_cap, stored_targets
-    from neo_ray.lease import lease
+    from neo_ray.builder import TargetsFailed, stored_targets
+    from neo_ray.lease import LeaseLost, lease
     from neo_ray.prepare import make_student
     from neo_ray.progress import Progress
     from neo_ray.records import Journal, fold, settle, write_records
@@ -121,7 +123,9 @@ def _run_on_ray(
     capacity = cluster.connect(config.resources)
     try:
         slots = cluster.concurrency(config.resources, capacity)
-        slots = cluster.fit_memory(config.resources, capacity, make_plan(config).least_memory_bytes, slots)
+        plan = make_plan(config, _train_split(sources), supply=supply)
+        slots = cluster.fit_memory(config.resources, capacity, plan.least_memory_bytes, slots)
+        builders = cluster.builders(config.resources, capacity, plan.builder_bytes, slots)
         announce(f"{capacity}: {slots} trials at a time")
         with lease(config.folder) as lost:
             if fresh:
@@ -130,8 +134,7 @@ def _run_on_ray(
             _write_contract(config, identity)
             log_to(config.folder / "logs" / "driver.log")
             sources = make_student(config, sources, announce)
-            supply = choose(config, space, head_soft_cap(sources.student))
-            sources = stored_targets(config, supply, sources, slots * config.resources.workers_per_trial, announce)
+            sources = stored_targets(config, supply, sources, builders, plan.tokens_of_all, announce)
             records = retried(settle(Journal(config.folder)), retry_failed)
             announce("starting workers (they load the models once, for all trials)")
             try:
@@ -141,12 +144,19 @@ def _run_on_ray(
                 if not lost.is_set():
                     write_records(config.folder, fold(Journal(config.folder).events()))
         return 0
-    except (SweepFailed, TargetsFailed) as error:
+    except (SweepFailed, TargetsFailed, LeaseLost) as error:
         announce(f"error: {error}")
         return 1
     finally:
         if capacity.started_here and not slots_wait():
             ray.shutdown()
+
+
+def _train_split(sources: Any) -> TrainSplit:
+    from neo_ray.data import open_data
+
+    split = open_data(sources.data).split("train")
+    return TrainSplit(len(split), int(split.num_tokens.sum()))
 
 
 def _report(folder: Path, console: Any) -> None:

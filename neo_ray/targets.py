@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -34,6 +35,8 @@ from neo_ray.settings import ConfigError
 FORMAT_VERSION = 1
 """Raise it with any change that gives other numbers or other files."""
 SHARD_BYTES = 2**26
+PART, HEAD = ".part-", "head"
+"""Beginning of the names of files that are not whole yet; name of the teacher's head."""
 BATCH_TOKENS = 4096
 """Of the teacher's forward pass, padding included; at least one example."""
 Mode = Literal["projection", "hidden"]
@@ -49,12 +52,14 @@ class Recipe:
     teacher: str
     """Identity of the teacher's weights."""
     dtype: str
-    """The teacher computes in it."""
+    """`torch.…`: the teacher computes in it."""
     vocabulary: int
     temperature: float = 1.0
     """Of the training split's projections; held-out splits are scored at 1. A hidden state has none."""
     head: str | None = None
     """Identity of the student's weights, whose head projections go through."""
+    quantization: str = "none"
+    transformers: str = ".".join(transformers.__version__.split(".")[:2])
     version: int = FORMAT_VERSION
 
     @property
@@ -154,54 +159,55 @@ def _batches(split: Split, shard: Shard) -> Iterator[np.ndarray]:
 
 def write_shard(folder: Path, shard: Shard, tensors: dict[str, Tensor]) -> None:
     """Whole or not at all: first the rows, then a record with their checksum, each under a name of its own until it is whole."""
+    _write(folder, shard.name, tensors, {})
+
+
+def _write(folder: Path, name: str, tensors: dict[str, Tensor], settings: dict[str, str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f".part-{uuid.uuid4().hex[:8]}"
+    part = folder / f"{PART}{uuid.uuid4().hex[:8]}"
     try:
-        save_file(tensors, part)
+        save_file(tensors, part, settings)
         record = {"bytes": part.stat().st_size, "blake2b": _checksum(part), "rows": len(next(iter(tensors.values())))}
         _sync(part)
-        os.replace(part, folder / f"{shard.name}.safetensors")
+        os.replace(part, folder / f"{name}.safetensors")
         part.write_text(json.dumps(record))
         _sync(part)
-        os.replace(part, folder / f"{shard.name}.json")
+        os.replace(part, folder / f"{name}.json")
     finally:
         part.unlink(missing_ok=True)
 
 
-def is_whole(folder: Path, shard: Shard, rows: int, read: bool = True) -> bool:
-    """Is the shard on disk as it was written? `read`: by its checksum, else by its size alone."""
-    path = folder / f"{shard.name}.safetensors"
+def is_whole(folder: Path, name: str, rows: int | None = None) -> bool:
+    """Is a file on disk as it was written, by its checksum, and has it so many rows?"""
+    path = folder / f"{name}.safetensors"
     try:
-        record = json.loads((folder / f"{shard.name}.json").read_text())
-        same = record["rows"] == rows and record["bytes"] == path.stat().st_size
-        return same and (not read or record["blake2b"] == _checksum(path))
+        record = json.loads((folder / f"{name}.json").read_text())
+        return rows in (None, record["rows"]) and record["bytes"] == path.stat().st_size and record["blake2b"] == _checksum(path)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
+def head_is_whole(folder: Path, recipe: Recipe) -> bool:
+    """A store of projections has none."""
+    return recipe.mode == "projection" or is_whole(folder, HEAD)
+
+
 def missing(folder: Path, data: TokenData, wanted: Iterable[Shard]) -> list[Shard]:
     """Shards that are not there, or not as they were written."""
-    return [shard for shard in wanted if not is_whole(folder, shard, num_rows(data.split(shard.split), shard))]
-
-
-HEAD = "head.safetensors"
+    return [shard for shard in wanted if not is_whole(folder, shard.name, num_rows(data.split(shard.split), shard))]
 
 
 def write_head(folder: Path, head: models.Head) -> None:
     """The teacher's head, for a store of hidden states: whole or not at all, by whoever comes first or last."""
     tensors = {name: tensor for name, tensor in (("weight_VH", head.weight_VH), ("bias_V", head.bias_V)) if tensor is not None}
     settings = json.dumps({"soft_cap": head.soft_cap, "logit_scale": head.logit_scale})
-    part = folder / f".part-{uuid.uuid4().hex[:8]}"
-    try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part, {"head": settings})
-        _sync(part)
-        os.replace(part, folder / HEAD)
-    finally:
-        part.unlink(missing_ok=True)
+    _write(folder, HEAD, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {"head": settings})
 
 
 def _read_head(folder: Path, device: torch.device) -> models.Head:
-    with safe_open(folder / HEAD, framework="pt") as file:
+    if not is_whole(folder, HEAD):
+        raise RuntimeError(f"targets: {folder / HEAD}.safetensors is not what was written; run the sweep again")
+    with safe_open(folder / f"{HEAD}.safetensors", framework="pt") as file:
         tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}
         return models.Head(tensors["weight_VH"], tensors.get("bias_V"), **json.loads(file.metadata()["head"]))
 
@@ -247,7 +253,7 @@ class Store:
 
     def _open(self, shard: Shard, split: Split) -> Any:
         if shard.name not in self.opened:
-            if not is_whole(self.folder, shard, num_rows(split, shard)):
+            if not is_whole(self.folder, shard.name, num_rows(split, shard)):
                 raise RuntimeError(
                     f"targets: {self.folder / shard.name}.safetensors is not what was written; run the sweep again"
                 )

@@ -75,9 +75,9 @@ def run_trials(
         _fit(config, space, records, given, remaining, name, len(runners), recorder)
         recorder.wait_until_all_ended()
     except KeyboardInterrupt:
-        if lost.is_set():
-            recorder.failed = "another driver took this sweep over, as this one was thought dead"
-        elif recorder.failed is None:  # pressed, as opposed to the watchdog's
+        if recorder.failed is None:  # pressed, as opposed to the watchdog's
+            if lost.is_set():
+                raise
             progress.say("stopping: trials keep a checkpoint after the step they are in (again Ctrl-C: without it)")
             raise
     finally:

@@ -22,8 +22,9 @@ from neo_ray.bench_step import process_group
 from neo_ray.config import SweepConfig
 from neo_ray.data import Split, TokenData
 from neo_ray.loading import validate
-from neo_ray.memory import memory_per_worker, shape_from_config
+from neo_ray.memory import memory_per_worker
 from neo_ray.parts import Parts, Sources, shape_of
+from neo_ray.shapes import shape_from_config
 
 STEPS = 2  # the first makes the optimizer's moments
 

@@ -24,12 +24,13 @@ from tiny import World, make_llama
 from neo_ray import adapters, devices, models
 from neo_ray.bench_step import process_group
 from neo_ray.evaluate import evaluate, whole_model
-from neo_ray.memory import adapter_parameters, shape_of
+from neo_ray.memory import adapter_parameters
 from neo_ray.mistakes import explain
 from neo_ray.parts import Parts, Sources, load_parts
 from neo_ray.parts import shape_of as parts_shape
 from neo_ray.records import Stop
 from neo_ray.settings import ConfigError, DeepSpeedConfig, EvaluationConfig, LoraConfig, TrainingConfig, TrialConfig, trial_leaves
+from neo_ray.shapes import shape_of
 from neo_ray.train import Outcome, Row, train
 
 sources = test_train.sources

@@ -31,7 +31,7 @@ from neo_ray.bench_step import process_group
 from neo_ray.config import DataConfig
 from neo_ray.data import TokenData
 from neo_ray.loading import validate
-from neo_ray.memory import alignment_bytes, projection_parameters, shape_from_config
+from neo_ray.memory import alignment_bytes, projection_parameters
 from neo_ray.parts import ModelSource, Parts, Sources, load_parts
 from neo_ray.plan import make_plan
 from neo_ray.prepare import prepare
@@ -44,6 +44,7 @@ from neo_ray.settings import (
     TrainingConfig,
     TrialConfig,
 )
+from neo_ray.shapes import shape_from_config
 from neo_ray.space import build_space
 from neo_ray.student import Student
 

@@ -24,9 +24,9 @@ from neo_ray.batches import plan_steps
 from neo_ray.bench_turns import BASELINE, Samples
 from neo_ray.config import DataConfig
 from neo_ray.data import Split
-from neo_ray.memory import shape_from_config
 from neo_ray.parts import ModelSource, Parts, Sources, load_parts
 from neo_ray.settings import ConfigError, TrialConfig
+from neo_ray.shapes import shape_from_config
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "benchmarks"

@@ -113,6 +113,31 @@ def test_a_listener_is_let_go_when_its_trial_ends() -> None:
     on_a_board(story)
 
 
+def test_a_call_that_dead_workers_left_behind_keeps_no_trial() -> None:
+    async def story(board: Board) -> None:
+        assert (await board.take(0))[0] == "0000", "taken by nobody: the workers are dead"
+        assert (await board.take(0))[0] == "0000", "by those that came after them"
+        assert (await board.take(1))[0] == "0001"
+
+    on_a_board(story)
+
+
+def test_a_queued_trial_whose_tune_trial_died_has_failed() -> None:
+    async def story(board: Board) -> None:
+        await board.cancel("0000", "its Tune trial died")
+        await board.take(0)
+        assert board.items["0000"][-1] | {"at": 0} == {
+            "trial": "0000",
+            "at": 0,
+            "kind": "end",
+            "state": "FAILED",
+            "cause": "error",
+            "error": "its Tune trial died",
+        }
+
+    on_a_board(story)
+
+
 def test_an_interrupted_sweep_ends_no_trial_and_begins_none() -> None:
     async def story(board: Board) -> None:
         await board.take(0)

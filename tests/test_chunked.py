@@ -115,6 +115,27 @@ def test_half_precision_keeps_the_gradient_where_the_student_is_sure() -> None:
     torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=2e-2, atol=1e-6)
 
 
+def test_half_precision_has_no_bias_where_student_and_teacher_are_sure() -> None:
+    """A rounded probability less an exact share would leave a push towards the label, however near the student is."""
+    torch.manual_seed(0)
+    head = Head((torch.randn(V, H) * 2).bfloat16())
+    labels_N = torch.randint(V, (200,))
+    teacher_NH = head.weight_VH[labels_N].float() / 2
+    teacher_NV = teacher_NH @ head.weight_VH.float().T
+    states_NH = (teacher_NH + 0.02 * torch.randn(200, H)).bfloat16()
+    known = projection(teacher_NV, Head(head.weight_VH.float()), V, 1.0)
+    distill = DistillConfig(kd_ratio=0.9)
+    exact = states_NH.double().requires_grad_()
+    neo_loss(exact @ head.weight_VH.double().T, labels_N, teacher_NV.double(), distill).total.backward()
+    ours = states_NH.clone().requires_grad_()
+    projected_loss(ours, head, labels_N, known, distill, V).total.backward()
+    assert exact.grad is not None and ours.grad is not None
+    labels_NH = torch.nn.functional.normalize(head.weight_VH[labels_N].double(), dim=-1)
+    push = ((ours.grad.double() - exact.grad) * labels_NH).sum(-1).mean()
+    assert push.abs() < 0.1 * exact.grad.norm(dim=-1).mean()
+    assert (ours.grad.double() - exact.grad).norm() / exact.grad.norm() < 0.2
+
+
 def test_a_soft_capped_head_has_no_projection() -> None:
     with pytest.raises(ValueError, match="soft-capped"):
         projection(TEACHER, a_head(soft_cap=2.0), V, 1.0)

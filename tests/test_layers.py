@@ -17,8 +17,8 @@ PACKAGE = Path(__file__).parent.parent / "neo_ray"
 
 ROOMS = {
     "facts": (
-        "__init__ assets config settings loading mistakes axes space trials records memory cautions refusals supply plan "
-        "environment"
+        "__init__ assets config settings loading mistakes axes space trials records memory cautions refusals supply "
+        "shapes plan plan_text environment"
     ),
     "training": (
         "adapters alignment answers batches checkpoints chunked data devices evaluate local losses merging models parts "

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from neo_ray.lease import lease
+from neo_ray.lease import LeaseLost, lease
 from neo_ray.settings import ConfigError
 
 
@@ -66,7 +66,7 @@ def test_a_driver_that_lost_its_lease_is_interrupted_and_one_that_cannot_read_it
         time.sleep(0.3)
         assert path.read_text() != "torn", "the beat goes on"
         assert json.loads(path.read_text())["nonce"] == json.loads(content)["nonce"]
-    with pytest.raises(KeyboardInterrupt), lease(tmp_path):
+    with pytest.raises(LeaseLost, match="another driver took"), lease(tmp_path):
         elsewhere(path, beat=time.time())
         time.sleep(5)
     assert json.loads(path.read_text())["host"] == "elsewhere", "the other's lease stays"

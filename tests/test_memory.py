@@ -14,8 +14,9 @@ import torch
 from measured_step import build, estimate
 
 from neo_ray import adapters
-from neo_ray.memory import BF16, FP32, RUNTIME_BYTES, shape_from_config, start_bytes, update_bytes
+from neo_ray.memory import BF16, FP32, RUNTIME_BYTES, start_bytes, update_bytes
 from neo_ray.settings import LoraConfig, TrialConfig
+from neo_ray.shapes import shape_from_config
 
 TOLERANCE = 0.25
 WIDE = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8}

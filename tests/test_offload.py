@@ -13,9 +13,10 @@ from test_train import CPU, Interrupted, a_trial, curve, run
 
 from neo_ray import placement
 from neo_ray import train as training
-from neo_ray.memory import memory_per_worker, shape_from_name
+from neo_ray.memory import memory_per_worker
 from neo_ray.parts import Sources, load_parts
 from neo_ray.settings import ConfigError, DeepSpeedConfig
+from neo_ray.shapes import shape_from_name
 from neo_ray.train import train
 
 sources = test_train.sources

@@ -34,9 +34,10 @@ from transformers import (
 from neo_ray import models
 from neo_ray.data import Batch, collate
 from neo_ray.losses import next_labels, scored
-from neo_ray.memory import activation_bytes, shape_from_config
+from neo_ray.memory import activation_bytes
 from neo_ray.parts import Parts
 from neo_ray.settings import ConfigError, TrainingConfig, TrialConfig
+from neo_ray.shapes import shape_from_config
 
 SOUND = {
     "llama": (LlamaConfig, LlamaForCausalLM, dict(num_key_value_heads=2)),

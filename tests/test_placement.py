@@ -15,10 +15,11 @@ from test_space import sweep
 from test_train import CPU, a_trial, curve
 from tiny import VOCABULARY
 
-from neo_ray.memory import memory_per_worker, shape_from_name
+from neo_ray.memory import memory_per_worker
 from neo_ray.models import last_hidden
 from neo_ray.parts import Sources, load_parts
 from neo_ray.settings import LoraConfig
+from neo_ray.shapes import shape_from_name
 from neo_ray.train import Row, train
 
 sources = test_train.sources

@@ -19,9 +19,11 @@ from tiny import World, make_llama
 
 from neo_ray.config import SweepConfig
 from neo_ray.loading import dump, load, plain, validate
-from neo_ray.memory import activation_bytes, adapter_parameters, memory_per_worker, shape_of
-from neo_ray.plan import TrainSplit, make_plan, render, tokens_per_trial
+from neo_ray.memory import activation_bytes, adapter_parameters, memory_per_worker
+from neo_ray.plan import TrainSplit, make_plan, tokens_per_trial
+from neo_ray.plan_text import render
 from neo_ray.settings import ConfigError, LoraConfig
+from neo_ray.shapes import shape_of
 
 ROOT = Path(__file__).parent.parent
 SWEEPS = sorted((ROOT / "sweeps").rglob("*.yaml"))
@@ -413,7 +415,8 @@ def test_a_plan_is_plain_data() -> None:
 def test_a_plan_is_quick_and_light(tmp_path: Path) -> None:
     (tmp_path / "sweep.yaml").write_text(json.dumps(json.loads(sweep().model_dump_json(exclude={"search"}))))
     code = (
-        "import sys; from neo_ray.loading import load; from neo_ray.plan import make_plan, render;"
+        "import sys; from neo_ray.loading import load; from neo_ray.plan import make_plan;"
+        "from neo_ray.plan_text import render;"
         f"print(render(make_plan(load({str(tmp_path / 'sweep.yaml')!r}))));"
         "print([m for m in ('torch', 'ray', 'transformers', 'datasets', 'optuna', 'pandas', 'numpy') if m in sys.modules])"
     )

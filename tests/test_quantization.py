@@ -14,9 +14,10 @@ from tiny import World
 
 from neo_ray import merging, models, parts
 from neo_ray.export import QUANTISED_TOLERANCE, tolerance_of
-from neo_ray.memory import memory_per_worker, shape_from_name
+from neo_ray.memory import memory_per_worker
 from neo_ray.parts import Sources, load_parts
 from neo_ray.records import TrialRecord
+from neo_ray.shapes import shape_from_name
 
 sources = test_train.sources
 

@@ -21,12 +21,22 @@ def supply(soft_cap: float | None = None, mode: str = "auto", **sections: Any) -
 def test_forward_kl_at_one_temperature_takes_the_projection_at_that_temperature() -> None:
     found = supply(distill={"temperature": 2.0}, search={"rank": {"choice": [2, 4]}, "kd_ratio": {"uniform": [0, 1]}})
     assert (found.mode, found.temperature) == ("projection", 2.0)
-    assert supply(method="lora", distill={"temperature": 2.0}).temperature == 1.0, "nothing is trained with it"
+    assert supply(method="lora", mode="projection", distill={"temperature": 2.0}).temperature == 1.0, "nothing is trained with it"
+
+
+@pytest.mark.parametrize("sections", [{"method": "lora"}, {"method": "sft"}, {"distill": {"kd_ratio": 0}}])
+def test_where_no_trial_trains_on_the_teacher_s_word_it_is_not_stored(sections: dict[str, Any]) -> None:
+    assert supply(**sections).mode == "live" and "no trial trains on" in supply(**sections).why
+
+
+def test_the_store_has_the_precision_of_the_trials() -> None:
+    assert supply(search={"dtype": {"value": "bf16"}}).dtype == "bf16"
+    assert supply(training={"steps": 3, "dtype": "fp32"}).dtype == "fp32" and supply().dtype == "auto"
 
 
 AGAINST: dict[str, dict[str, Any]] = {
     "method kd trains": {"search": {"method": {"grid": ["lora", "kd"]}}},
-    "method sft trains": {"method": "sft"},
+    "method sft trains": {"search": {"method": {"grid": ["neo", "sft"]}}},
     "divergence jsd": {"distill": {"divergence": "jsd"}},
     "divergence reverse_kl": {"search": {"divergence": {"grid": ["forward_kl", "reverse_kl"]}}},
     "temperature is searched": {"search": {"temperature": {"uniform": [1, 3]}}},

@@ -48,7 +48,7 @@ def several_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def a_recipe(mode: Any, pair: Pair, **changes: Any) -> Recipe:
     head = "student" if mode == "projection" else None
-    return Recipe(mode, pair.tokens.fingerprint, "teacher", "float32", pair.vocabulary, head=head, **changes)
+    return Recipe(mode, pair.tokens.fingerprint, "teacher", "torch.float32", pair.vocabulary, head=head, **changes)
 
 
 def a_store(recipe: Recipe, pair: Pair, folder: Path) -> tuple[Store, Teacher]:
@@ -151,7 +151,7 @@ def test_a_part_left_by_a_crash_is_no_shard(pair: Pair, tmp_path: Path, monkeypa
     monkeypatch.setattr(targets, "_checksum", lambda path: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         targets.write_shard(tmp_path, shard, {"hidden_RG": torch.zeros(3, 4)})
-    assert list(tmp_path.iterdir()) == [] and not targets.is_whole(tmp_path, shard, 3)
+    assert list(tmp_path.iterdir()) == [] and not targets.is_whole(tmp_path, shard.name, 3)
 
 
 def test_shards_hold_whole_examples_in_order_and_at_least_one(pair: Pair) -> None:
@@ -174,10 +174,25 @@ def test_every_part_of_a_recipe_changes_its_key(pair: Pair) -> None:
         "temperature": 2.0,
         "head": "x",
     }
-    others["version"] = 99
+    others |= {"quantization": "4bit", "transformers": "4.0", "version": 99}
     keys = {dataclasses.replace(recipe, **{name: value}).key for name, value in others.items()}
     assert set(others) == {field.name for field in dataclasses.fields(Recipe)}
     assert len(keys | {recipe.key}) == len(others) + 1
+
+
+def test_a_store_of_hidden_states_has_the_teacher_s_head(pair: Pair, tmp_path: Path) -> None:
+    store, teacher = a_store(a_recipe("hidden", pair), pair, tmp_path)
+    assert not targets.head_is_whole(tmp_path, store.recipe)
+    targets.write_head(tmp_path, teacher.head)
+    assert targets.head_is_whole(tmp_path, store.recipe)
+    opened = targets.open_store(tmp_path, store.recipe, row_bytes("hidden", 64), pair.tokens, CPU)
+    assert opened.head is not None and torch.equal(opened.head.weight_VH, teacher.head.weight_VH)
+    content = bytearray((tmp_path / "head.safetensors").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "head.safetensors").write_bytes(content)
+    assert not targets.head_is_whole(tmp_path, store.recipe)
+    with pytest.raises(RuntimeError, match="head.safetensors is not what was written"):
+        targets.open_store(tmp_path, store.recipe, row_bytes("hidden", 64), pair.tokens, CPU)
 
 
 def test_values_beyond_half_precision_are_refused(pair: Pair) -> None:

@@ -1,0 +1,130 @@
+"""How does a person read a plan?"""
+
+from __future__ import annotations
+
+from neo_ray.config import SweepConfig
+from neo_ray.memory import adapter_parameters
+from neo_ray.plan import Plan, ends, size_text
+from neo_ray.shapes import ModelShape
+from neo_ray.supply import row_bytes
+from neo_ray.trials import fixed_settings
+
+
+def render(plan: Plan) -> str:
+    """The plan as a person reads it."""
+    config = plan.config
+    noun = "trial" if plan.num_trials == 1 else "trials"
+    rows: list[tuple[str, list[str]]] = [
+        ("teacher", [_model(config.teacher.model, plan.teacher) if config.teacher else "none"]),
+        ("student", [_student(plan)]),
+        ("data", [_data(config)]),
+        ("method", [_method(plan)]),
+        ("fixed", fixed_settings(config, plan.space) or ["all other settings have their defaults"]),
+        ("space", plan.space.describe() or ["one setting"]),
+        ("trials", [f"{plan.num_trials}, {_sampler(plan)}"]),
+        ("scheduler", [_scheduler(plan)]),
+        ("at once", [plan.concurrency]),
+        ("tokens", [_tokens_text(plan)]),
+        ("targets", [_targets(plan)]),
+        ("memory", _memory(plan)),
+        ("writes", list(plan.writes)),
+        ("downloads", list(plan.downloads) or ["nothing"]),
+    ]
+    lines = [f"{config.name}: {plan.num_trials} {noun}", ""]
+    for label, texts in rows:
+        lines += [f"  {label if i == 0 else '':<10} {text}" for i, text in enumerate(texts)]
+    trusted = [side for side in ("teacher", "student") if getattr(getattr(config, side), "trust_remote_code", False)]
+    alarms = [
+        f"!! {side}.trust_remote_code is on: Python code that ships with the model will run on every worker" for side in trusted
+    ]
+    notices = [f"   note: {warning}" for warning in plan.warnings]
+    return "\n".join([*lines, *([""] if alarms or notices else []), *alarms, *notices])
+
+
+def _model(name: str, shape: ModelShape | None) -> str:
+    if shape is None:
+        return f"{name}, size not known from here"
+    about = "" if shape.source == "config.json" else "about "
+    return f"{name}, {about}{shape.num_parameters / 1e6:,.0f} M parameters, {shape.num_layers} layers × {shape.hidden_size}"
+
+
+def _student(plan: Plan) -> str:
+    prune, shape = plan.config.student.prune, plan.student
+    if prune is None:
+        return _model(str(plan.config.student.model), shape)
+    kept = f"{len(prune.layers)} given" if prune.layers is not None else f"{prune.keep} greedily chosen"
+    return _model(f"the teacher with {kept} of its layers", shape)
+
+
+def _data(config: SweepConfig) -> str:
+    data = config.data
+    subset = f" ({data.subset})" if data.subset else ""
+    limits = [f"at most {data.limit:,} examples"] if data.limit else []
+    limits += [f"at most {data.train_limit:,} to train on"] if data.train_limit else []
+    splits = f"{data.select_fraction:.0%} to rank trials, {data.report_fraction:.0%} for the final table"
+    return "; ".join([f"{data.source}{subset}, examples of up to {data.max_length:,} tokens", *limits, splits])
+
+
+def _method(plan: Plan) -> str:
+    methods, shape = plan.space.reach("method"), plan.student
+    if shape is None:
+        return ", ".join(methods)
+    counts = []
+    for method in methods:
+        trials = [plan.space.trial_config({"method": method, "rank": rank}, plan.largest) for rank in ends(plan.space, "rank")]
+        sizes = [adapter_parameters(shape, t.lora) if t.has_adapter else shape.num_parameters for t in trials]
+        counts.append(f"{method} trains {' to '.join(f'{n / 1e6:,.1f}' for n in dict.fromkeys(sizes))} M parameters")
+    return "; ".join(counts)
+
+
+def _sampler(plan: Plan) -> str:
+    sampler = plan.config.sampler
+    if sampler.name == "grid":
+        return "every combination once" + (
+            f" with each of the seeds {', '.join(map(str, sampler.seeds))}" if sampler.seeds else ""
+        )
+    start = f" after {min(sampler.startup_trials, plan.num_trials)} random ones" if sampler.name == "tpe" else ""
+    return f"proposed by {sampler.name}{start}"
+
+
+def _scheduler(plan: Plan) -> str:
+    scheduler, points = plan.config.scheduler, plan.config.evaluation.points
+    if scheduler.name == "none":
+        return "none: every trial runs to its end"
+    rungs = [f"{rung / points:.0%}" for rung in scheduler.rungs(points)]
+    kept = f"about 1 in {scheduler.reduction_factor:g} goes on"
+    return f"{scheduler.name}: {kept} at {', '.join(rungs) or 'no rung before the end'}{' of its tokens' if rungs else ''}"
+
+
+def _tokens_text(plan: Plan) -> str:
+    points = plan.config.evaluation.points
+    if plan.tokens_per_trial is None:
+        return f"a trial's tokens are known once the data is prepared; {points} evaluations at equal distances"
+    low, high = plan.tokens_per_trial
+    words = "" if plan.tokens_are == "exact" else f"{plan.tokens_are} "
+    if low == high or plan.tokens_are == "at most":
+        marks = ", ".join(f"{high * k / points:,.0f}" for k in range(1, points + 1))
+        return f"{words}{high:,} a trial, evaluated at {marks}"
+    return f"{words}{low:,} to {high:,} a trial, {points} evaluations at equal distances"
+
+
+def _targets(plan: Plan) -> str:
+    """How the teacher's word comes to the trials."""
+    supply, shapes = plan.supply, (plan.student, plan.teacher)
+    if supply.mode == "live":
+        return f"the teacher runs in every trial: {supply.why}"
+    shape = shapes[0] if supply.mode == "projection" else shapes[1]
+    size = f", {row_bytes(supply.mode, shape.hidden_size):,} bytes a labelled token" if shape else ""
+    return f"the teacher runs once for all trials ({supply.mode}{size}): {supply.why}"
+
+
+def _memory(plan: Plan) -> list[str]:
+    if not plan.memory_bytes:
+        return ["not known: the size of a model is not known from here"]
+    trial = plan.largest
+    values = {"method": trial.method, "rank": trial.lora.rank, "micro_batch_size": trial.training.micro_batch_size}
+    if not trial.has_adapter:
+        del values["rank"]
+    setting = ", ".join(f"{name} {value}" for name, value in values.items())
+    rows = [f"  {size_text(size):>8}  {name}" for name, size in plan.memory_bytes.items() if size]
+    return [f"about {size_text(plan.total_memory_bytes)} a worker in the largest trial ({setting})", *rows]
