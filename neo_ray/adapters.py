@@ -48,7 +48,7 @@ def attach(base: nn.Module, trial: TrialConfig) -> nn.Module:
         return base
     import peft
 
-    settings = _peft_settings(base, trial.lora)
+    settings = peft_settings(base, trial.lora)
     if "fingerprint" not in vars(base):
         vars(base).update(fingerprint=fingerprint(base), factors={})
     torch.manual_seed(trial.seed)
@@ -150,7 +150,8 @@ def target_modules(base: nn.Module, wanted: str | tuple[str, ...]) -> str | list
     return names
 
 
-def _peft_settings(base: nn.Module, lora: LoraConfig) -> Any:
+def peft_settings(base: nn.Module, lora: LoraConfig) -> Any:
+    """peft's own configuration. Raises ConfigError for a name or a pattern that is no layer's."""
     import peft
 
     saved = _saved_modules(base, lora.modules_to_save)

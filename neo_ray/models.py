@@ -174,6 +174,8 @@ def weights_digest(source: Path, choice: list[Any]) -> str:
     hashing all of 16 GB would take a minute.
     """
     digest = hashlib.sha256(json.dumps(choice).encode() + (source / "config.json").read_bytes())
+    for code in sorted(source.glob("*.py")):  # with trust_remote_code the model is what it says
+        digest.update(code.read_bytes())
     for shard in sorted(source.glob("*.safetensors")):
         size_bytes = shard.stat().st_size
         digest.update(f"{shard.name} {size_bytes}".encode())

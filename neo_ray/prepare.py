@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -50,8 +51,12 @@ def prepare(config: SweepConfig, announce: Announce) -> Sources:
     space = build_space(config)
     if {"lora", "neo"} & set(space.reach("method")):
         outline = models.outline(student.path, own, student.trust_remote_code, where)
-        for wanted in space.reach("target_modules"):
-            adapters.target_modules(outline, tuple(wanted) if isinstance(wanted, list) else wanted)
+        for wanted, saved in itertools.product(space.reach("target_modules"), space.reach("modules_to_save")):
+            names = {
+                "target_modules": tuple(wanted) if isinstance(wanted, list) else wanted,
+                "modules_to_save": tuple(saved or ()),
+            }
+            adapters.peft_settings(outline, config.lora.model_copy(update=names))
     rows = own.get_text_config().vocab_size
     models.check_context(config.data.max_length, student.path, own, where)
     vocabulary = min(rows, len(tokenizer))

@@ -64,7 +64,7 @@ CASES: dict[str, dict[str, Any]] = {
         "trial": {"training": {"dtype": "fp32"}},
     },
 }
-SLOW = ("bf16", "ZeRO 0, bf16", "dropout", "DoRA", "mask")
+SLOW = set(CASES) - {"vocabulary", "all parameters"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES])

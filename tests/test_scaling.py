@@ -26,7 +26,7 @@ from neo_ray.train import train
 
 sources = test_train.sources
 process_group = test_train.process_group
-STAGES = (0, 1, 2, 3)
+STAGES = (0, pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow))
 
 
 def clipped(stage: int, **changes: Any) -> TrialConfig:

@@ -134,6 +134,9 @@ def test_every_sweep_of_the_repository_runs(tiny_world: World, tmp_path: Path, n
         ("storage.path=/dev/null/results", "storage.path"),
         ("storage.path=/proc/results", "storage.path"),
         ("lora.target_modules=[nowhere]", "lora.target_modules: no linear layer is called 'nowhere'"),
+        ("lora.modules_to_save=[nrom]", "lora.modules_to_save: no layer is called 'nrom'"),
+        ("lora.rank_pattern={q_prj: 4}", "lora.rank_pattern: 'q_prj' matches no adapted layer"),
+        ("targets.mode=projection distill.divergence=jsd", "targets.mode: projection is not exact here: divergence jsd"),
         ("student={prune: {layers: [0, 99]}}", "student.prune.layers"),
         ("student={prune: {keep: 99}}", "student.prune.keep: 99 layers of a teacher that has 4"),
         ("deepspeed.extra={zero_optimisation: {}}", "did you mean `zero_optimization`?"),
@@ -144,7 +147,7 @@ def test_a_mistake_is_one_line_with_its_path_and_writes_nothing(
     tiny_world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, words: str
 ) -> None:
     path = sweep_file(tiny_world, tmp_path)
-    assert main([str(path), override]) == 2
+    assert main([str(path), *(override.split() if override.startswith("targets") else [override])]) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and words in error and "\n" not in error
     assert not (tmp_path / "results").exists()
