@@ -495,7 +495,7 @@ def shape_of_width(width: int) -> Any:
 
 def test_the_plan_counts_projections_where_the_weight_can_be_above_zero(tiny_world: World) -> None:
     def bytes_of(**sections: Any) -> dict[str, int]:
-        return make_plan(a_sweep(tiny_world, **sections)).memory_bytes
+        return make_plan(a_sweep(tiny_world, targets={"mode": "live"}, **sections)).memory_bytes
 
     plain, aligned = bytes_of(), bytes_of(search={"alignment_weight": {"grid": [0, 1]}})
     assert plain["hidden states"] == 0 < aligned["hidden states"]
