@@ -31,6 +31,7 @@ from neo_ray.parts import shape_of as parts_shape
 from neo_ray.records import Stop
 from neo_ray.settings import ConfigError, DeepSpeedConfig, EvaluationConfig, LoraConfig, TrainingConfig, TrialConfig, trial_leaves
 from neo_ray.shapes import shape_of
+from neo_ray.student import Student
 from neo_ray.train import Outcome, Row, train
 
 sources = test_train.sources
@@ -212,6 +213,23 @@ def test_a_warm_worker_gives_the_cold_one_s_curve_to_the_bit(sources: Sources, n
         warm.append(curve(run(sources, trial, parts)[0]))
     assert warm == cold
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(parts.student.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_trial_that_ran_out_of_memory_leaves_the_process_as_it_was(
+    sources: Sources, monkeypatch: pytest.MonkeyPatch, stage: int
+) -> None:
+    """Its slot loads the models anew; engine, hooks and torch's own functions are what such a trial leaves behind."""
+
+    def too_large(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory")
+
+    cold = curve(run(sources, short(dropout=0.1))[0])
+    with monkeypatch.context() as patched:
+        patched.setattr(Student, "loss", too_large)
+        with pytest.raises(torch.OutOfMemoryError):
+            run(sources, short(stage, variant="pissa"))
+    assert curve(run(sources, short(dropout=0.1))[0]) == cold
 
 
 def test_a_worker_whose_base_was_written_to_ends_the_trial_with_an_error(sources: Sources) -> None:
