@@ -229,6 +229,8 @@ class Store:
     head: models.Head | None = None
     """The teacher's, for hidden states."""
     opened: dict[str, Any] = field(default_factory=dict)
+    places: dict[str, tuple[list[Shard], list[int], np.ndarray]] = field(default_factory=dict)
+    """Split → its shards, their first examples, and where each example's rows begin: counted once, not at every step."""
 
     def rows(self, split_name: str, indices: Sequence[int] | np.ndarray, device: torch.device) -> tuple[Tensor, ...]:
         """(c_NH fp16, constant_N fp32) or (hidden_NG fp16,) of the scored positions of examples, in their order.
@@ -237,8 +239,11 @@ class Store:
             RuntimeError: a shard is not what was written.
         """
         split = self.data.split(split_name)
-        own = [shard for shard in self.cut if shard.split == split_name]
-        firsts, ends = [shard.first for shard in own], np.concatenate([[0], np.cumsum(split.num_labels)])
+        if split_name not in self.places:
+            own = [shard for shard in self.cut if shard.split == split_name]
+            ends = np.concatenate([[0], np.cumsum(split.num_labels)])
+            self.places[split_name] = own, [shard.first for shard in own], ends
+        own, firsts, ends = self.places[split_name]
         found = []
         for index in indices:
             shard = own[int(np.searchsorted(firsts, index, side="right")) - 1]

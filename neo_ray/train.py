@@ -214,9 +214,8 @@ def build_engine(student: Student, parameters: dict[str, nn.Parameter], trial: T
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
-    engine = deepspeed.initialize(model=student, optimizer=optimizer, model_parameters=list(parameters.values()), config=config)[
-        0
-    ]
+    trained = list(parameters.values())
+    engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, model_parameters=trained, config=config)
     engine.swap_folder, engine.fp16_scale = swap, scaling.LossScale() if student.dtype == devices.FP16 else None
     return engine
 

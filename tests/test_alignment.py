@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from test_invariance import CPU, examples, gradient_of, make_model, make_split, scored_positions
 from test_losses import LiveTensors
 from test_packing import LEAKING, SOUND, build
-from test_train import Interrupted, run
+from test_train import interrupted_and_resumed, run
 from tiny import SHAPE, VOCABULARY, World
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -305,14 +305,7 @@ def uninterrupted(sources: Sources) -> dict[int, Any]:
 def test_a_resumed_trial_equals_the_uninterrupted_one_to_the_bit(
     sources: Sources, uninterrupted: dict[int, Any], tmp_path: Path, stage: int
 ) -> None:
-    def interrupt(row: Any) -> None:
-        if row["rung"] == 2:
-            raise Interrupted
-
-    with pytest.raises(Interrupted):
-        train.train(a_run(stage), load_parts(sources, a_run(stage), CPU), interrupt, folder=tmp_path)
-    rows, outcome = run(sources, a_run(stage), folder=tmp_path)
-    assert outcome.details["resumed_from_step"] > 0
+    rows, outcome = interrupted_and_resumed(sources, a_run(stage), tmp_path)
     assert numbers(rows) == numbers(uninterrupted[stage][0])
     assert outcome.metrics == uninterrupted[stage][1].metrics
     kept = load_file(tmp_path / "adapter" / "adapter_model.safetensors")

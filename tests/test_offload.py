@@ -9,15 +9,14 @@ import pytest
 import test_train
 import torch
 from test_space import sweep
-from test_train import CPU, Interrupted, a_trial, curve, run
+from test_train import a_trial, curve, interrupted_and_resumed, run
 
 from neo_ray import placement
 from neo_ray import train as training
 from neo_ray.memory import memory_per_worker
-from neo_ray.parts import Sources, load_parts
+from neo_ray.parts import Sources
 from neo_ray.settings import ConfigError, DeepSpeedConfig
 from neo_ray.shapes import shape_from_name
-from neo_ray.train import train
 
 sources = test_train.sources
 process_group = test_train.process_group
@@ -56,14 +55,7 @@ def test_offload_changes_no_result_and_goes_on_from_a_checkpoint(
     for ours, theirs in zip(curve(whole), expected, strict=True):
         assert ours == pytest.approx(theirs, abs=1e-5)
 
-    def interrupt(row: Any) -> None:
-        if row["rung"] == 2:
-            raise Interrupted
-
-    with pytest.raises(Interrupted):
-        train(trial, load_parts(sources, trial, CPU), interrupt, folder=tmp_path)
-    resumed, again = run(sources, trial, folder=tmp_path)
-    assert again.details["resumed_from_step"] > 0
+    resumed, again = interrupted_and_resumed(sources, trial, tmp_path)
     assert curve(resumed) == curve(whole) and again.metrics == outcome.metrics
 
 

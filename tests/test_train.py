@@ -55,20 +55,26 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_resumed_trial_equals_the_uninterrupted_one_to_the_bit(sources: Sources, tmp_path: Path, stage: int) -> None:
-    trial = a_trial(stage)
-    whole, outcome = run(sources, trial)
-    assert outcome.state == "COMPLETE" and len(whole) == 4
+def interrupted_and_resumed(sources: Sources, trial: TrialConfig, folder: Path) -> tuple[list[Row], Outcome]:
+    """A trial that ends without a word at its second evaluation, and goes on from the checkpoint it left."""
 
     def interrupt(row: Row) -> None:
         if row["rung"] == 2:
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        train(trial, load_parts(sources, trial, CPU), interrupt, folder=tmp_path)
-    resumed, again = run(sources, trial, folder=tmp_path)
-    assert again.details["resumed_from_step"] > 0
+        train(trial, load_parts(sources, trial, CPU), interrupt, folder=folder)
+    rows, outcome = run(sources, trial, folder=folder)
+    assert outcome.details["resumed_from_step"] > 0
+    return rows, outcome
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_resumed_trial_equals_the_uninterrupted_one_to_the_bit(sources: Sources, tmp_path: Path, stage: int) -> None:
+    trial = a_trial(stage)
+    whole, outcome = run(sources, trial)
+    assert outcome.state == "COMPLETE" and len(whole) == 4
+    resumed, again = interrupted_and_resumed(sources, trial, tmp_path)
     assert curve(resumed) == curve(whole)
     assert again.metrics == outcome.metrics
 
