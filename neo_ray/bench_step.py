@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from neo_ray import adapters, devices, models, targets, train
+from neo_ray import adapters, devices, filling, models, stores, train
 from neo_ray.batches import StepPlan, plan_steps
 from neo_ray.bench_turns import BASELINE, Announce, Measured, num_calls, take_turns
 from neo_ray.config import SweepConfig
@@ -47,7 +47,7 @@ class StepArm:
     """Called as the project's own step is; returns loss, CE and KD."""
     has_whole_logits: bool = False
     """Does the engine's forward pass end with the logits of all positions?"""
-    targets: targets.Mode | None = None
+    targets: stores.Mode | None = None
     """What speaks for the teacher; None: it is alive."""
 
 
@@ -114,18 +114,18 @@ class Running:
         return self._arm.step(self.engine, self.trial, self.parts, self._split, self._plan, number, rate)[:3]
 
 
-def fill_store(mode: targets.Mode, parts: Parts, split: Split, folder: Path) -> targets.Store:
+def fill_store(mode: stores.Mode, parts: Parts, split: Split, folder: Path) -> stores.Store:
     """What the living teacher says of a split, stored."""
     data = TokenData(folder, "bench", {}, {"train": split})
-    recipe = targets.Recipe(mode, data.fingerprint, "bench", str(parts.dtype), parts.vocabulary)
+    recipe = stores.Recipe(mode, data.fingerprint, "bench", str(parts.dtype), parts.vocabulary)
     head = models.output_head(parts.student) if mode == "projection" else None
-    teacher = targets.Teacher(recipe, parts.teacher, data, parts.sources.pad_id, head)
+    teacher = filling.Teacher(recipe, parts.teacher, data, parts.sources.pad_id, head)
     bytes_of_row = row_bytes(mode, (head or teacher.head).weight_VH.shape[1])
-    for shard in targets.shards(data, bytes_of_row):
-        targets.write_shard(folder, shard, teacher.fill(shard))
+    for shard in stores.shards(data, bytes_of_row):
+        stores.write_shard(folder, shard, teacher.fill(shard))
     if mode == "hidden":
-        targets.write_head(folder, teacher.head)
-    return targets.open_store(folder, recipe, bytes_of_row, data, parts.device)
+        stores.write_head(folder, teacher.head)
+    return stores.open_store(folder, recipe, bytes_of_row, data, parts.device)
 
 
 def reference_step(

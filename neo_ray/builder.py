@@ -15,7 +15,7 @@ from typing import Any
 import filelock
 import ray
 
-from neo_ray import models, targets
+from neo_ray import filling, models, stores
 from neo_ray.config import SweepConfig
 from neo_ray.data import TokenData, open_data
 from neo_ray.parts import Sources, TargetSource
@@ -50,13 +50,13 @@ def stored_targets(
         return sources
     data = open_data(sources.data)
     source = _source(config, supply, sources, data)
-    folder, cut = Path(source.folder), targets.shards(data, source.bytes_of_row)
+    folder, cut = Path(source.folder), stores.shards(data, source.bytes_of_row)
     folder.mkdir(parents=True, exist_ok=True)
     with _sole_builder(folder, announce):
-        lacking = targets.missing(folder, data, cut) or ([] if targets.head_is_whole(folder, source.recipe) else cut[:1])
+        lacking = stores.missing(folder, data, cut) or ([] if stores.head_is_whole(folder, source.recipe) else cut[:1])
         try:
             if lacking:
-                for part in folder.glob(f"{targets.PART}*"):  # of a builder that was killed
+                for part in folder.glob(f"{stores.PART}*"):  # of a builder that was killed
                     part.unlink(missing_ok=True)
                 _check_pays(config, data, tokens_of_trials)
                 _check_disk(folder, data, lacking, source.bytes_of_row)
@@ -74,7 +74,7 @@ def stored_targets(
 def _source(config: SweepConfig, supply: Supply, sources: Sources, data: TokenData) -> TargetSource:
     assert supply.mode != "live" and sources.teacher is not None
     projects = supply.mode == "projection"
-    recipe = targets.Recipe(
+    recipe = stores.Recipe(
         mode=supply.mode,
         data=data.fingerprint,
         teacher=models.identity(sources.teacher.path, sources.teacher.revision),
@@ -130,8 +130,8 @@ def _bytes_of_row(mode: str, sources: Sources) -> int:
     return row_bytes(mode, int(own.get_text_config().hidden_size))
 
 
-def _check_disk(folder: Path, data: TokenData, lacking: list[targets.Shard], bytes_of_row: int) -> None:
-    needed = bytes_of_row * sum(targets.num_rows(data.split(shard.split), shard) for shard in lacking)
+def _check_disk(folder: Path, data: TokenData, lacking: list[stores.Shard], bytes_of_row: int) -> None:
+    needed = bytes_of_row * sum(stores.num_rows(data.split(shard.split), shard) for shard in lacking)
     free = shutil.disk_usage(folder).free
     if needed * SPARE > free:
         raise ConfigError(
@@ -145,7 +145,7 @@ def _fill(
     source: TargetSource,
     sources: Sources,
     data: TokenData,
-    lacking: list[targets.Shard],
+    lacking: list[stores.Shard],
     workers: int,
     announce: Announce,
 ) -> None:
@@ -157,7 +157,7 @@ def _fill(
         runtime_env={"env_vars": {"OMP_NUM_THREADS": str(max(1, int(resources.cpus_per_worker)))}},
     )
     actors: list[Any] = []
-    busy: dict[Any, tuple[Any, targets.Shard | None]] = {}
+    busy: dict[Any, tuple[Any, stores.Shard | None]] = {}
 
     def begin() -> None:
         actors.append(builder.remote(source, sources))
@@ -246,13 +246,13 @@ class _Builder:
         if recipe.mode == "projection":
             head = models.output_head(load_source(sources.student, dtype, device, "student.model")).copy()
         teacher = load_source(sources.teacher, dtype, device, "teacher.model")
-        self.teacher = targets.Teacher(recipe, teacher, open_data(sources.data), sources.pad_id, head)
+        self.teacher = filling.Teacher(recipe, teacher, open_data(sources.data), sources.pad_id, head)
         if recipe.mode == "hidden":
-            targets.write_head(self.folder, self.teacher.head)
+            stores.write_head(self.folder, self.teacher.head)
         return 0
 
-    def fill(self, shard: targets.Shard) -> int:
+    def fill(self, shard: stores.Shard) -> int:
         """Returns the tokens that the teacher has seen for it."""
         before = self.teacher.tokens_seen
-        targets.write_shard(self.folder, shard, self.teacher.fill(shard))
+        stores.write_shard(self.folder, shard, self.teacher.fill(shard))
         return self.teacher.tokens_seen - before

@@ -14,7 +14,7 @@ from neo_ray import devices, models, placement
 from neo_ray.config import Placement, Quantization
 from neo_ray.data import TokenData, open_data
 from neo_ray.settings import TrialConfig
-from neo_ray.targets import Recipe, Store, open_store
+from neo_ray.stores import Recipe, Store, open_store
 
 
 @dataclass(frozen=True)

@@ -25,27 +25,27 @@ SETTINGS: dict[str, Any] = {
 }
 ALL_TOKENS = 7_440
 SMALL_SHARDS = """
-target = "neo_ray.targets"
+target = "neo_ray.stores"
 
-def inject(targets):
-    targets.SHARD_BYTES = 2**16
+def inject(stores):
+    stores.SHARD_BYTES = 2**16
 """
 DYING = """
-target = "neo_ray.targets"
+target = "neo_ray.stores"
 
-def inject(targets):
+def inject(stores):
     import os, pathlib
-    targets.SHARD_BYTES = 2**16
-    fill = targets.Teacher.fill
+    stores.SHARD_BYTES = 2**16
+    write_shard = stores.write_shard
 
-    def dying(teacher, shard):
+    def dying(folder, shard, tensors):
         mark = pathlib.Path(__file__).with_name("died")
         if shard.name == "train-00001" and not mark.exists():
             mark.touch()
             os._exit(1)
-        return fill(teacher, shard)
+        return write_shard(folder, shard, tensors)
 
-    targets.Teacher.fill = dying
+    stores.write_shard = dying
 """
 
 
@@ -116,9 +116,9 @@ def test_two_sweeps_that_need_the_same_store_fill_it_once(tiny_world: World, tmp
 
 def test_a_disk_too_small_is_refused_before_anything_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     data: Any = SimpleNamespace(split=lambda name: SimpleNamespace(num_labels=SimpleNamespace(__getitem__=None)))
-    monkeypatch.setattr(builder.targets, "num_rows", lambda split, shard: 10**6)
+    monkeypatch.setattr(builder.stores, "num_rows", lambda split, shard: 10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**8))
-    shard = builder.targets.Shard("train", 0, 0, 1)
+    shard = builder.stores.Shard("train", 0, 0, 1)
     builder._check_disk(tmp_path, data, [shard], bytes_of_row=90)
     with pytest.raises(
         ConfigError, match=r"storage.cache: the teacher's targets take 0.1 GB and .* has 0.1 GB; name a larger disk"

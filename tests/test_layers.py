@@ -21,8 +21,8 @@ ROOMS = {
         "shapes plan plan_text environment"
     ),
     "training": (
-        "adapters alignment answers batches checkpoints chunked data devices evaluate local losses merging models parts "
-        "placement prepare pruning quickstart scaling sources student targets teaching train"
+        "adapters alignment answers batches checkpoints chunked data devices evaluate filling local losses merging models parts "
+        "placement prepare pruning quickstart scaling sources stores student teaching train"
     ),
     "analysis": "card statistics effects evidence guidelines report",
     "ray": "board builder cluster lease progress searcher slot tuner",

@@ -1,4 +1,4 @@
-"""What does the teacher say of each scored token, and where is that kept? A store of shards, read by the example.
+"""Where is it kept what the teacher says of each scored token? A store of shards, read by the example.
 
 A store belongs to one teacher and one tokenised data set; the folder's name is a hash of everything that changes a number in it.
 Rows stand in the order of a split's examples, and within one in the order of its scored positions, so that a batch's rows are
@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,19 +26,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from neo_ray import models
-from neo_ray.chunked import projection
-from neo_ray.data import Split, TokenData, collate
-from neo_ray.losses import scored
-from neo_ray.memory import chunk_rows
-from neo_ray.settings import ConfigError
+from neo_ray.data import Split, TokenData
 
 FORMAT_VERSION = 1
 """Raise it with any change that gives other numbers or other files."""
 SHARD_BYTES = 2**26
 PART, HEAD = ".part-", "head"
 """Beginning of the names of files that are not whole yet; name of the teacher's head."""
-BATCH_TOKENS = 4096
-"""Of the teacher's forward pass, padding included; at least one example."""
 Mode = Literal["projection", "hidden"]
 
 
@@ -96,65 +90,6 @@ def shards(data: TokenData, bytes_of_row: int) -> list[Shard]:
             found.append(Shard(name, number, first, last))
             first, number = last, number + 1
     return found
-
-
-class Teacher:
-    """A teacher that fills shards: its weights, and the student's head for projections."""
-
-    def __init__(self, recipe: Recipe, model: Any, data: TokenData, pad_id: int, student_head: models.Head | None = None) -> None:
-        self.recipe, self.model, self.data, self.pad_id = recipe, model, data, pad_id
-        self.head = models.output_head(model)
-        if student_head is not None:  # in fp32: a product rounded to bf16 would be eight times the error of a row in fp16
-            bias_V = student_head.bias_V.float() if student_head.bias_V is not None else None
-            student_head = models.Head(student_head.weight_VH.float(), bias_V, student_head.soft_cap, student_head.logit_scale)
-        self.student_head = student_head
-        self.tokens_seen = 0
-
-    @torch.no_grad()
-    def fill(self, shard: Shard) -> dict[str, Tensor]:
-        """The rows of a shard: `c_RH` and `constant_R`, or `hidden_RG`.
-
-        Raises:
-            ConfigError: a row is beyond fp16.
-        """
-        split = self.data.split(shard.split)
-        rows: dict[int, list[Tensor]] = {}
-        for indices in _batches(split, shard):
-            batch = collate(split.examples(indices), self.pad_id, self.model.device)
-            states_BLG = models.last_hidden(self.model, batch.input_ids_BL, batch.attention_mask_BL)
-            self.tokens_seen += int(split.num_tokens[indices].sum())
-            states_NG = scored(states_BLG, batch.labels_BL, states_BLG.shape[-1])
-            made = self._rows(states_NG, self.recipe.temperature_of(shard.split))
-            counts = split.num_labels[indices].tolist()
-            for index, *parts in zip(indices.tolist(), *(tensor.split(counts) for tensor in made), strict=True):
-                rows[index] = parts
-        names = ("c_RH", "constant_R") if self.recipe.mode == "projection" else ("hidden_RG",)
-        columns = zip(*(rows[index] for index in range(shard.first, shard.last)), strict=True)
-        tensors = {name: torch.cat(column).cpu().contiguous() for name, column in zip(names, columns, strict=True)}
-        if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
-            raise ConfigError(f"targets.mode: {self.recipe.mode}: the teacher's values exceed fp16 in {shard.name}; live works")
-        return tensors
-
-    def _rows(self, states_NG: Tensor, temperature: float) -> tuple[Tensor, ...]:
-        if self.student_head is None:
-            return (states_NG.half(),)
-        vocabulary = self.recipe.vocabulary
-        made = [
-            projection(self.head.logits(states_CG, vocabulary), self.student_head, vocabulary, temperature)
-            for states_CG in states_NG.split(chunk_rows(vocabulary, states_NG.device.type))
-        ]
-        c_NH, constant_N = (torch.cat(column) for column in zip(*made, strict=True))
-        return c_NH.half(), constant_N
-
-
-def _batches(split: Split, shard: Shard) -> Iterator[np.ndarray]:
-    """Examples of a shard by length, so that little is padded, as many as `BATCH_TOKENS` hold."""
-    order = shard.first + np.argsort(-split.num_tokens[shard.first : shard.last], kind="stable")
-    start = 0
-    while start < len(order):
-        count = max(1, BATCH_TOKENS // int(split.num_tokens[order[start]]))
-        yield order[start : start + count]
-        start += count
 
 
 def write_shard(folder: Path, shard: Shard, tensors: dict[str, Tensor]) -> None:

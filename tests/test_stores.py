@@ -11,14 +11,15 @@ import pytest
 import torch
 from tiny import World
 
-from neo_ray import data, models, targets
+from neo_ray import data, filling, models, stores
 from neo_ray.chunked import chunked_loss, projected_loss
 from neo_ray.config import DataConfig
 from neo_ray.data import TokenData, collate
+from neo_ray.filling import Teacher
 from neo_ray.losses import LossSums, neo_loss, next_labels, scored
 from neo_ray.settings import ConfigError, DistillConfig
+from neo_ray.stores import Recipe, Shard, Store
 from neo_ray.supply import row_bytes
-from neo_ray.targets import Recipe, Shard, Store, Teacher
 
 CPU = torch.device("cpu")
 
@@ -43,7 +44,7 @@ def pair(tiny_world: World, tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 @pytest.fixture(autouse=True)
 def several_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(targets, "SHARD_BYTES", 2**17)
+    monkeypatch.setattr(stores, "SHARD_BYTES", 2**17)
 
 
 def a_recipe(mode: Any, pair: Pair, **changes: Any) -> Recipe:
@@ -54,9 +55,9 @@ def a_recipe(mode: Any, pair: Pair, **changes: Any) -> Recipe:
 def a_store(recipe: Recipe, pair: Pair, folder: Path) -> tuple[Store, Teacher]:
     head = models.output_head(pair.student)
     teacher = Teacher(recipe, pair.teacher, pair.tokens, pair.pad_id, head if recipe.mode == "projection" else None)
-    cut = targets.shards(pair.tokens, row_bytes(recipe.mode, 64))
+    cut = stores.shards(pair.tokens, row_bytes(recipe.mode, 64))
     for shard in cut:
-        targets.write_shard(folder, shard, teacher.fill(shard))
+        stores.write_shard(folder, shard, teacher.fill(shard))
     return Store(folder, recipe, pair.tokens, cut), teacher
 
 
@@ -122,7 +123,7 @@ def test_the_teacher_sees_every_token_once_and_every_scored_position_has_a_row(p
     for name, split in pair.tokens.splits.items():
         c_NH, constant_N = store.rows(name, range(len(split)), CPU)
         assert len(c_NH) == len(constant_N) == split.num_labels.sum()
-    assert not targets.missing(tmp_path, pair.tokens, store.cut)
+    assert not stores.missing(tmp_path, pair.tokens, store.cut)
 
 
 @pytest.mark.parametrize("harm", ["flipped", "truncated", "gone", "unrecorded"])
@@ -140,7 +141,7 @@ def test_a_shard_that_is_not_what_was_written_is_found_and_never_read(pair: Pair
         path.unlink()
     else:
         path.with_suffix(".json").unlink()
-    assert targets.missing(tmp_path, pair.tokens, store.cut) == [shard]
+    assert stores.missing(tmp_path, pair.tokens, store.cut) == [shard]
     assert len(store.rows("train", [0], CPU)[0]), "the others are fine"
     with pytest.raises(RuntimeError, match=f"{shard.name}.safetensors is not what was written"):
         store.rows("train", [shard.first], CPU)
@@ -148,15 +149,15 @@ def test_a_shard_that_is_not_what_was_written_is_found_and_never_read(pair: Pair
 
 def test_a_part_left_by_a_crash_is_no_shard(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shard = Shard("train", 0, 0, 2)
-    monkeypatch.setattr(targets, "_checksum", lambda path: 1 / 0)
+    monkeypatch.setattr(stores, "_checksum", lambda path: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        targets.write_shard(tmp_path, shard, {"hidden_RG": torch.zeros(3, 4)})
-    assert list(tmp_path.iterdir()) == [] and not targets.is_whole(tmp_path, shard.name, 3)
+        stores.write_shard(tmp_path, shard, {"hidden_RG": torch.zeros(3, 4)})
+    assert list(tmp_path.iterdir()) == [] and not stores.is_whole(tmp_path, shard.name, 3)
 
 
 def test_shards_hold_whole_examples_in_order_and_at_least_one(pair: Pair) -> None:
     for bytes_of_row in (1, 132, 10**9):
-        cut = targets.shards(pair.tokens, bytes_of_row)
+        cut = stores.shards(pair.tokens, bytes_of_row)
         for name, split in pair.tokens.splits.items():
             own = [(shard.first, shard.last) for shard in cut if shard.split == name]
             assert [first for first, _ in own] == [0, *(last for _, last in own[:-1])] and own[-1][1] == len(split)
@@ -182,17 +183,17 @@ def test_every_part_of_a_recipe_changes_its_key(pair: Pair) -> None:
 
 def test_a_store_of_hidden_states_has_the_teacher_s_head(pair: Pair, tmp_path: Path) -> None:
     store, teacher = a_store(a_recipe("hidden", pair), pair, tmp_path)
-    assert not targets.head_is_whole(tmp_path, store.recipe)
-    targets.write_head(tmp_path, teacher.head)
-    assert targets.head_is_whole(tmp_path, store.recipe)
-    opened = targets.open_store(tmp_path, store.recipe, row_bytes("hidden", 64), pair.tokens, CPU)
+    assert not stores.head_is_whole(tmp_path, store.recipe)
+    stores.write_head(tmp_path, teacher.head)
+    assert stores.head_is_whole(tmp_path, store.recipe)
+    opened = stores.open_store(tmp_path, store.recipe, row_bytes("hidden", 64), pair.tokens, CPU)
     assert opened.head is not None and torch.equal(opened.head.weight_VH, teacher.head.weight_VH)
     content = bytearray((tmp_path / "head.safetensors").read_bytes())
     content[-1] ^= 1
     (tmp_path / "head.safetensors").write_bytes(content)
-    assert not targets.head_is_whole(tmp_path, store.recipe)
+    assert not stores.head_is_whole(tmp_path, store.recipe)
     with pytest.raises(RuntimeError, match="head.safetensors is not what was written"):
-        targets.open_store(tmp_path, store.recipe, row_bytes("hidden", 64), pair.tokens, CPU)
+        stores.open_store(tmp_path, store.recipe, row_bytes("hidden", 64), pair.tokens, CPU)
 
 
 def test_values_beyond_half_precision_are_refused(pair: Pair) -> None:
@@ -204,6 +205,6 @@ def test_values_beyond_half_precision_are_refused(pair: Pair) -> None:
 
 
 def test_batches_of_a_shard_hold_each_example_once(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(targets, "BATCH_TOKENS", 100)
-    found = list(targets._batches(pair.tokens.split("train"), Shard("train", 0, 3, 30)))
+    monkeypatch.setattr(filling, "BATCH_TOKENS", 100)
+    found = list(filling._batches(pair.tokens.split("train"), Shard("train", 0, 3, 30)))
     assert sorted(np.concatenate(found).tolist()) == list(range(3, 30)) and len(found) > 9
