@@ -18,6 +18,7 @@ import ray
 from neo_ray import filling, models, stores
 from neo_ray.config import SweepConfig
 from neo_ray.data import TokenData, open_data
+from neo_ray.evaluate import num_evaluated
 from neo_ray.parts import Sources, TargetSource
 from neo_ray.settings import ConfigError
 from neo_ray.supply import Supply, row_bytes
@@ -50,7 +51,7 @@ def stored_targets(
         return sources
     data = open_data(sources.data)
     source = _source(config, supply, sources, data)
-    folder, cut = Path(source.folder), stores.shards(data, source.bytes_of_row)
+    folder, cut = Path(source.folder), wanted(config, data, stores.shards(data, source.bytes_of_row))
     folder.mkdir(parents=True, exist_ok=True)
     with _sole_builder(folder, announce):
         lacking = stores.missing(folder, data, cut) or ([] if stores.head_is_whole(folder, source.recipe) else cut[:1])
@@ -69,6 +70,13 @@ def stored_targets(
             announce(f"the teacher runs in every trial: {error}")
             return sources
     return dataclasses.replace(sources, targets=source)
+
+
+def wanted(config: SweepConfig, data: TokenData, cut: list[stores.Shard]) -> list[stores.Shard]:
+    """The shards that a trial of this sweep may read: all for training, which is shuffled; of the rest what is evaluated."""
+    limit = config.evaluation.max_tokens  # no axis
+    read = {name: num_evaluated(split.num_tokens, limit) for name, split in data.splits.items()}
+    return [shard for shard in cut if shard.split == "train" or shard.first < read[shard.split]]
 
 
 def _source(config: SweepConfig, supply: Supply, sources: Sources, data: TokenData) -> TargetSource:

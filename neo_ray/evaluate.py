@@ -87,12 +87,15 @@ def whole_model(model: Any) -> Predict:
     return predict
 
 
+def num_evaluated(lengths: np.ndarray, max_tokens: int | None) -> int:
+    """How many examples of a split are scored, its first ones: whole ones up to `max_tokens`, and at least one."""
+    return len(lengths) if max_tokens is None else max(1, int(np.searchsorted(np.cumsum(lengths), max_tokens, side="right")))
+
+
 def evaluation_batches(split: Split, settings: EvaluationConfig) -> list[np.ndarray]:
     """Whole examples in stored order up to `max_tokens` (at least one), then by length so that little is padded."""
     lengths = split.num_tokens
-    taken = len(lengths)
-    if settings.max_tokens is not None:
-        taken = max(1, int(np.searchsorted(np.cumsum(lengths), settings.max_tokens, side="right")))
+    taken = num_evaluated(lengths, settings.max_tokens)
     order = np.argsort(-lengths[:taken], kind="stable")
     return [order[start : start + settings.batch_size] for start in range(0, taken, settings.batch_size)]
 
