@@ -15,6 +15,7 @@ os.environ.update(
 )
 
 import pytest
+from buckets import bucket, s3_server  # noqa: F401  (fixtures)
 from tiny import World, make_world
 
 

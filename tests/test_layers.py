@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parent.parent / "neo_ray"
 ROOMS = {
     "facts": (
         "__init__ assets config settings loading mistakes axes space trials records memory cautions refusals supply "
-        "shapes plan plan_text environment"
+        "shapes plan plan_text environment storage"
     ),
     "training": (
         "adapters alignment answers batches checkpoints chunked data devices evaluate filling local losses merging models parts "
