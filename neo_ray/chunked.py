@@ -29,6 +29,7 @@ def chunked_loss(
     vocabulary: int,
     label_smoothing: float = 0.0,
     rows: int | None = None,
+    factor: float = 1.0,
 ) -> LossSums:
     """`neo_loss` of the logits that `head` makes of `states_NH`: the same sums and gradients, at the memory of one chunk.
 
@@ -37,6 +38,8 @@ def chunked_loss(
         head: gradients flow into its tensors where they are trained; a frozen head costs no product for them.
         teacher: None leaves plain cross-entropy.
         rows: positions of a chunk; by default as many as `memory.CHUNK_BYTES` hold.
+        factor: what the sum is multiplied with before backward. Gradients are made at this scale: those of the plain sum may be
+            too small for fp16. Another factor than the one that comes costs precision and no correctness.
     """
     rows = rows or chunk_rows(vocabulary, states_NH.device.type)
 
@@ -44,7 +47,7 @@ def chunked_loss(
         logits_CV = head.logits(states_CH, vocabulary)
         return neo_loss(logits_CV, labels_N[where], teacher(where) if teacher else None, distill, label_smoothing)
 
-    total, ce, kd = _InChunks.apply(states_NH, chunk_loss, rows, *head.trained)
+    total, ce, kd = _InChunks.apply(states_NH, chunk_loss, rows, factor, *head.trained)
     return LossSums(total, ce, kd, labels_N.numel())
 
 
@@ -52,7 +55,9 @@ class _InChunks(torch.autograd.Function):
     """Sums over chunks. The graph of a chunk lives until its gradient is taken, at once; only gradients of inputs are kept."""
 
     @staticmethod
-    def forward(ctx: Any, states_NH: Tensor, chunk_loss: Callable[..., LossSums], rows: int, *trained: Tensor) -> Any:
+    def forward(
+        ctx: Any, states_NH: Tensor, chunk_loss: Callable[..., LossSums], rows: int, factor: float, *trained: Tensor
+    ) -> Any:
         wanted = states_NH.requires_grad or bool(trained)
         sums = torch.zeros(3, dtype=torch.float32, device=states_NH.device)
         gradient_NH = torch.empty_like(states_NH)
@@ -63,12 +68,14 @@ class _InChunks(torch.autograd.Function):
                 states_CH = states_NH[where].detach().requires_grad_(wanted)
                 loss = chunk_loss(states_CH, where)
             if wanted:
-                gradient_NH[where], *others = torch.autograd.grad(loss.total, (states_CH, *trained))
+                at_scale = torch.full_like(loss.total, factor)
+                gradient_NH[where], *others = torch.autograd.grad(loss.total, (states_CH, *trained), at_scale)
                 for gradient, other in zip(gradients, others, strict=True):
                     gradient += other
             sums += torch.stack([loss.total.detach(), loss.ce, loss.kd])
             del loss
         ctx.save_for_backward(gradient_NH, *gradients)
+        ctx.factor = factor
         total, ce, kd = sums.unbind()
         ctx.mark_non_differentiable(ce, kd)
         return total, ce, kd
@@ -76,7 +83,8 @@ class _InChunks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> Any:
         gradient_NH, *gradients = ctx.saved_tensors
-        return (gradient_NH * grad_total, None, None, *(gradient * grad_total for gradient in gradients))
+        left = grad_total / ctx.factor
+        return (gradient_NH * left, None, None, None, *(gradient * left for gradient in gradients))
 
 
 def projection(teacher_CV: Tensor, head: Head, vocabulary: int, temperature: float) -> tuple[Tensor, Tensor]:
@@ -106,6 +114,7 @@ def projected_loss(
     vocabulary: int,
     label_smoothing: float = 0.0,
     rows: int | None = None,
+    factor: float = 1.0,
 ) -> LossSums:
     """`neo_loss` with forward KL of a teacher of whom only `projection` is known, at the price of plain cross-entropy.
 
@@ -113,11 +122,12 @@ def projected_loss(
 
     Args:
         projected: c_NH and constant_N at the temperature of `distill`; None leaves plain cross-entropy.
+        factor: as for `chunked_loss`.
     """
     rows = rows or chunk_rows(vocabulary, states_NH.device.type)
     kd_ratio = distill.kd_ratio if projected is not None else 0.0
     total, ce, kd = _Projected.apply(
-        states_NH, head, labels_N, projected, kd_ratio, distill.temperature, vocabulary, label_smoothing, rows
+        states_NH, head, labels_N, projected, kd_ratio, distill.temperature, vocabulary, label_smoothing, rows, factor
     )
     return LossSums(total, ce, kd, labels_N.numel())
 
@@ -137,6 +147,7 @@ class _Projected(torch.autograd.Function):
         vocabulary: int,
         label_smoothing: float,
         rows: int,
+        factor: float,
     ) -> Any:
         scale, weight_VH, _ = linear(head, vocabulary)
         gradient_NH = torch.empty_like(states_NH)
@@ -156,16 +167,16 @@ class _Projected(torch.autograd.Function):
                 soft_lse_C = lse_C if temperature == 1 else torch.logsumexp(logits_CV / temperature, dim=-1)
                 kd_C = temperature**2 * (soft_lse_C - constant_C) - temperature * (states_CH.float() * c_CH).sum(dim=-1)
                 if kd_ratio and temperature != 1:
-                    soft_CV = torch.exp_(logits_CV / temperature - soft_lse_C[:, None]).mul_(kd_ratio * temperature)
+                    soft_CV = torch.exp_(logits_CV / temperature - soft_lse_C[:, None]).mul_(factor * kd_ratio * temperature)
             # The label's share of labels and teacher is taken off before the product is rounded, and what the teacher has too
             # little of it given back: where student and teacher are sure, probability and share nearly cancel.
-            soft = kd_ratio * temperature if projected is not None else 0.0
+            soft = factor * kd_ratio * temperature if projected is not None else 0.0
             gradient_CV = torch.exp_(logits_CV.sub_(lse_C[:, None]))
-            gradient_CV.mul_(1.0 if temperature == 1 else 1 - kd_ratio).add_(soft_CV)
-            hard = torch.full_like(label_C, -(1 - kd_ratio) * (1 - label_smoothing))
+            gradient_CV.mul_(factor if temperature == 1 else factor * (1 - kd_ratio)).add_(soft_CV)
+            hard = torch.full_like(label_C, -factor * (1 - kd_ratio) * (1 - label_smoothing))
             gradient_CV.scatter_add_(-1, labels_C1, (hard - soft)[:, None])
             if label_smoothing:
-                gradient_CV.sub_((1 - kd_ratio) * label_smoothing / vocabulary)
+                gradient_CV.sub_(factor * (1 - kd_ratio) * label_smoothing / vocabulary)
             gradient_CH = scale * (gradient_CV.to(weight_VH.dtype) @ weight_VH).float()
             if projected is not None:
                 gradient_CH -= soft * (c_CH - scale * weight_VH[labels_C1[:, 0]].float())
@@ -173,6 +184,7 @@ class _Projected(torch.autograd.Function):
             total_C = (1 - kd_ratio) * hard_C + kd_ratio * kd_C if kd_ratio else hard_C
             sums += torch.stack([total_C.sum(), ce_C.sum(), kd_C.sum()])
         ctx.save_for_backward(gradient_NH)
+        ctx.factor = factor
         total, ce, kd = sums.unbind()
         ctx.mark_non_differentiable(ce, kd)
         return total, ce, kd
@@ -180,7 +192,7 @@ class _Projected(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> Any:
         (gradient_NH,) = ctx.saved_tensors
-        return (gradient_NH * grad_total, *([None] * 8))
+        return (gradient_NH * (grad_total / ctx.factor), *([None] * 9))
 
 
 def linear(head: Head, vocabulary: int) -> tuple[float, Tensor, Tensor | None]:

@@ -64,9 +64,21 @@ class Student(nn.Module):
         return dict(self.projections.named_parameters("projections")) if self.projections is not None else {}
 
     def loss(
-        self, output: Tensor, labels_BL: Tensor, taught: Taught, trial: TrialConfig, vocabulary: int, rows: int | None = None
+        self,
+        output: Tensor,
+        labels_BL: Tensor,
+        taught: Taught,
+        trial: TrialConfig,
+        vocabulary: int,
+        factor: float = 1.0,
+        rows: int | None = None,
     ) -> LossSums:
-        """The trial's loss of what `forward` returned. `rows`: positions of a chunk."""
+        """The trial's loss of what `forward` returned.
+
+        Args:
+            factor: what the sum is multiplied with before backward, for `chunked_loss`.
+            rows: positions of a chunk.
+        """
         labels_N, smoothing = next_labels(labels_BL), trial.training.label_smoothing
         if self.has_whole_logits:
             assert taught.projected is None, "a trained head has no projection"
@@ -75,10 +87,11 @@ class Student(nn.Module):
             return neo_loss(student_NV, labels_N, teacher_NV, trial.distill, smoothing)
         states_NH = scored(output, labels_BL, output.shape[-1])
         with devices.autocast(self.device, self.dtype), self._head() as head:
+            how = (trial.distill, vocabulary, smoothing, rows, factor)
             if isinstance(head, models.Head) and head.is_frozen_linear and taught.logits is None:
-                return projected_loss(states_NH, head, labels_N, taught.projected, trial.distill, vocabulary, smoothing, rows)
+                return projected_loss(states_NH, head, labels_N, taught.projected, *how)
             assert taught.projected is None, "a trained head has no projection"
-            return chunked_loss(states_NH, head, labels_N, taught.logits, trial.distill, vocabulary, smoothing, rows)
+            return chunked_loss(states_NH, head, labels_N, taught.logits, *how)
 
     @torch.no_grad()
     def predict(self, batch: Batch, vocabulary: int) -> Predicted:

@@ -235,6 +235,9 @@ def optimizer_step(
     sums = torch.zeros(4, dtype=torch.float64, device=parts.device)
     pairs = alignment.layer_pairs(trial, parts)
     training, micro = trial.training, trial.training.micro_batch(world_size)
+    # DeepSpeed averages over ranks: undo that. The denominator counts every micro-batch of every rank.
+    share = world_size / max(1, int(plan.labels[step]))
+    factor = share if engine.fp16_scale is None else share * engine.fp16_scale.value
     for indices in plan.micro_batches(step, rank, world_size, micro, split.num_tokens):
         empty = len(indices) == 0  # this rank has no share of a last, partial batch: it takes part with a loss of 0
         indices = plan.order[:1] if empty else indices
@@ -248,13 +251,12 @@ def optimizer_step(
             taught = teach(parts, "train", indices, batch, labels_BL, [layer for _, layer in pairs])
         with placement.head_in_full(parts.teacher if _is_taught(trial) else None):
             said = taught if _is_taught(trial) else Taught()
-            loss = engine.module.loss(output, labels_BL, said, trial, parts.vocabulary)
+            loss = engine.module.loss(output, labels_BL, said, trial, parts.vocabulary, factor)
         total, apart = loss.total, torch.zeros_like(loss.ce)
         if pairs:
             apart = alignment.alignment_sum(projected, taught.states, trial.distill)
             total = total + trial.distill.alignment_weight * apart
-        # DeepSpeed averages over ranks: undo that. The denominator counts every micro-batch of every rank.
-        scaling.backward(engine, total * (world_size / max(1, int(plan.labels[step]))), engine.fp16_scale)
+        scaling.backward(engine, total * share, engine.fp16_scale)
         sums += torch.stack([total.detach(), loss.ce, loss.kd, apart.detach()]).double()
         scaling.step(engine, engine.fp16_scale)
     return tuple(sums.tolist())

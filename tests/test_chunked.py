@@ -71,7 +71,7 @@ def test_chunks_give_the_dense_loss(divergence: Any, rows: int) -> None:
 def test_chunks_know_every_head_and_train_it_where_it_is_trained(kind: str, trained: bool) -> None:
     distill = DistillConfig(kd_ratio=0.5)
     found = a_loss(
-        lambda s, h: chunked_loss(s, h, LABELS, lambda where: TEACHER[where], distill, V, 0.1, rows=7),
+        lambda s, h: chunked_loss(s, h, LABELS, lambda where: TEACHER[where], distill, V, 0.1, rows=7, factor=8.0),
         a_head(trained, **HEADS[kind]),
     )
     compare(found, a_loss(dense(distill, smoothing=0.1), a_head(trained, **HEADS[kind])))
@@ -84,7 +84,7 @@ def test_chunks_know_every_head_and_train_it_where_it_is_trained(kind: str, trai
 def test_a_projection_gives_the_dense_forward_kl(kind: str, smoothing: float, kd_ratio: float, temperature: float) -> None:
     distill, head = DistillConfig(kd_ratio=kd_ratio, temperature=temperature), a_head(**HEADS[kind])
     known = projection(TEACHER, head, V, temperature)
-    found = a_loss(lambda s, h: projected_loss(s, h, LABELS, known, distill, V, smoothing, rows=7), head)
+    found = a_loss(lambda s, h: projected_loss(s, h, LABELS, known, distill, V, smoothing, rows=7, factor=8.0), head)
     compare(found, a_loss(dense(distill, smoothing=smoothing), head))
 
 
@@ -146,3 +146,29 @@ def test_evaluation_takes_no_gradient() -> None:
     with torch.no_grad():
         sums = chunked_loss(STATES, head, LABELS, lambda where: TEACHER[where], distill, V, rows=7)
     compare((sums, []), (neo_loss(head.logits(STATES, V), LABELS, TEACHER, distill), []))
+
+
+@pytest.mark.parametrize("kind", ["projected", "chunked", "chunked, trained head"])
+def test_tiny_gradients_survive_fp16_at_the_scale_at_which_they_are_used(kind: str) -> None:
+    """A student sure of its label: probabilities of 4e-8 are less than fp16 has, and 4e-8 × 2^14 is not."""
+    factor, labels_N, distill = 2.0**14, torch.arange(4), DistillConfig(kd_ratio=0.5)
+    dtype = torch.float32 if "trained" in kind else torch.float16
+    weight_VH = (torch.eye(V, H) * 8).to(dtype).requires_grad_("trained" in kind)
+    states_NH = (torch.eye(H)[:4] * 2.125).half().requires_grad_()
+    exact = [tensor.detach().double().requires_grad_() for tensor in (states_NH, weight_VH)]
+    logits_NV = torch.nn.functional.linear(*exact)
+    neo_loss(logits_NV, labels_N, None if kind == "projected" else logits_NV.detach(), distill).total.backward()
+    with torch.autocast("cpu", dtype=torch.float16):
+        if kind == "projected":
+            sums = projected_loss(states_NH, Head(weight_VH), labels_N, None, distill, V, rows=3, factor=factor)
+        else:
+            teacher_NV = logits_NV.detach().float()
+            head = Head(weight_VH)
+            sums = chunked_loss(states_NH, head, labels_N, lambda where: teacher_NV[where], distill, V, rows=3, factor=factor)
+    (sums.total * factor).backward()
+    for ours, theirs in zip((states_NH, weight_VH), exact, strict=True):
+        if ours.requires_grad:
+            assert ours.grad is not None and theirs.grad is not None
+            others = ~torch.eye(*ours.shape, dtype=torch.bool)  # than the label's, which is 1 less nearly 1 in fp32
+            torch.testing.assert_close(ours.grad[others].double() / factor, theirs.grad[others], rtol=1e-2, atol=1e-10)
+            assert theirs.grad[others].abs().max() > 1e-8

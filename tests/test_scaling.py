@@ -41,7 +41,7 @@ def scaled(value: float, overflow_in: tuple[int, ...] = (), on_rank: int = 0) ->
     Gives the gradients that reach the loss, as they come.
     """
     build, step, loss = training.build_engine, training.optimizer_step, training.Student.loss
-    now, reached = [0], list[float]()
+    now, reached, told = [0], list[float](), list[tuple[float, float]]()
 
     def building(*arguments: Any) -> Any:
         engine = build(*arguments)
@@ -55,6 +55,7 @@ def scaled(value: float, overflow_in: tuple[int, ...] = (), on_rank: int = 0) ->
     def infinite(*arguments: Any) -> Any:
         sums = loss(*arguments)
         sums.total.register_hook(lambda gradient: reached.append(gradient.item()))
+        sums.total.register_hook(lambda gradient: told.append((arguments[6], gradient.item())))
         if now[0] in overflow_in and dist.get_rank() == on_rank:
             sums.total.register_hook(lambda gradient: gradient * math.inf)
         return sums
@@ -62,6 +63,7 @@ def scaled(value: float, overflow_in: tuple[int, ...] = (), on_rank: int = 0) ->
     training.build_engine, training.optimizer_step, training.Student.loss = building, stepping, infinite  # type: ignore[assignment,method-assign]
     try:
         yield reached
+        assert all(math.isclose(*pair, rel_tol=1e-6) for pair in told), "gradients are made at the scale at which they are used"
     finally:
         training.build_engine, training.optimizer_step, training.Student.loss = build, step, loss  # type: ignore[method-assign]
 
