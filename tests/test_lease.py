@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from neo_ray.lease import LeaseLost, lease
+from neo_ray.lease import Held, LeaseLost, _InObjects, lease
 from neo_ray.settings import ConfigError
+from neo_ray.storage import Remote
 
 
 def test_a_living_driver_is_refused_and_the_end_frees_it(tmp_path: Path) -> None:
@@ -70,3 +71,38 @@ def test_a_driver_that_lost_its_lease_is_interrupted_and_one_that_cannot_read_it
         elsewhere(path, beat=time.time())
         time.sleep(5)
     assert json.loads(path.read_text())["host"] == "elsewhere", "the other's lease stays"
+
+
+def test_a_lease_in_an_object_store_is_held_taken_over_when_abandoned_and_lost_to_another(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("neo_ray.lease.HEARTBEAT_SECONDS", 0.1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    place = Remote(f"{bucket}/results")
+    with lease(place):
+        with pytest.raises(Held, match="another driver"), lease(place):
+            pass
+        begun = json.loads((place / "lease-000001.json").read_text())["beat"]
+        time.sleep(0.5)
+        assert json.loads((place / "lease-000001.json").read_text())["beat"] > begun
+    assert place.names() == []
+    abandoned = {"nonce": "x", "host": "elsewhere", "pid": 1, "born": 0, "beat": 0}
+    (place / "lease-000003.json").write_text(json.dumps(abandoned))
+    with lease(place, silence_seconds=0.3):
+        assert place.names() == ["lease-000004.json"]
+    (place / "lease-000003.json").write_text(json.dumps(abandoned))
+    with pytest.raises(LeaseLost), lease(place, silence_seconds=0.3):
+        (place / "lease-000005.json").write_text(json.dumps({**abandoned, "nonce": "y"}))
+        time.sleep(5)
+    assert "lease-000005.json" in place.names(), "the other's lease stays"
+
+
+def test_of_two_that_take_an_abandoned_lease_over_one_holds_it() -> None:
+    place = Remote("memory://two-leases")
+    (place / "lease-000001.json").write_text(json.dumps({"nonce": "x"}))
+    one, other = _InObjects(place), _InObjects(place)
+    for taker in (one, other):
+        taker.set_aside({"nonce": "x"})
+    assert [one.create("a"), other.create("b")] == [True, False]
+    assert place.names() == ["lease-000002.json"]
+    place.remove()
