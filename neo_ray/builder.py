@@ -15,7 +15,7 @@ from typing import Any
 import filelock
 import ray
 
-from neo_ray import filling, models, stores
+from neo_ray import filling, inventory, models, stores
 from neo_ray.config import SweepConfig
 from neo_ray.data import TokenData, open_data
 from neo_ray.evaluate import num_evaluated
@@ -61,15 +61,33 @@ def stored_targets(
                     part.unlink(missing_ok=True)
                 _check_pays(config, data, tokens_of_trials)
                 _check_disk(folder, data, lacking, source.bytes_of_row)
-                _fill(config, source, sources, data, lacking, workers, announce)
+                _describe(config, source, data, cut)
+                inventory.add_filled(folder, *_fill(config, source, sources, data, lacking, workers, announce))
             else:
+                _describe(config, source, data, cut)
                 announce(f"the teacher's targets ({supply.mode}): reused from {folder}")
         except ConfigError as error:
             if config.targets.mode != "auto":
                 raise
             announce(f"the teacher runs in every trial: {error}")
             return sources
+        (folder / inventory.USED).touch()
     return dataclasses.replace(sources, targets=source)
+
+
+def _describe(config: SweepConfig, source: TargetSource, data: TokenData, cut: list[stores.Shard]) -> None:
+    """What the store is, for people and for `neo_ray.targets`."""
+    assert config.teacher is not None
+    prune = config.student.prune
+    names = {
+        "recipe": dataclasses.asdict(source.recipe),
+        "teacher": config.teacher.model,
+        "student": config.student.model if prune is None else f"the teacher with {prune.num_layers} layers",
+        "data": config.data.source,
+        "bytes_of_row": source.bytes_of_row,
+    }
+    rows = {shard.name: stores.num_rows(data.split(shard.split), shard) for shard in cut}
+    inventory.describe(Path(source.folder), names, rows)
 
 
 def wanted(config: SweepConfig, data: TokenData, cut: list[stores.Shard]) -> list[stores.Shard]:
@@ -111,7 +129,7 @@ def _dtype_of_workers(config: SweepConfig, name: str) -> str:
 @contextmanager
 def _sole_builder(folder: Path, announce: Announce) -> Iterator[None]:
     """Of sweeps that need the same store at once, one fills it, and the others find it whole."""
-    lock = filelock.FileLock(folder.with_name(f"{folder.name}.lock"))
+    lock = inventory.lock_of(folder)
     while True:
         try:
             lock.acquire(timeout=5)
@@ -156,8 +174,11 @@ def _fill(
     lacking: list[stores.Shard],
     workers: int,
     announce: Announce,
-) -> None:
-    """Give shards to actors that are up until none is lacking: one that waits for a node keeps nobody waiting."""
+) -> tuple[int, float]:
+    """Give shards to actors that are up until none is lacking: one that waits for a node keeps nobody waiting.
+
+    Returns the tokens that the teacher has read, and how many a second.
+    """
     resources, todo, left = config.resources, deque(lacking), len(lacking)
     builder: Any = ray.remote(_Builder).options(
         num_cpus=resources.cpus_per_worker,
@@ -202,7 +223,7 @@ def _fill(
     finally:
         for actor in actors:
             ray.kill(actor)
-    speed.end()
+    return speed.end()
 
 
 def _last_line(error: BaseException) -> str:
@@ -232,8 +253,10 @@ class _Speed:
             self.spoken = time.monotonic()
             self.announce(f"  waiting for room for the teacher ({num_actors} workers asked for)")
 
-    def end(self) -> None:
-        self.announce(f"  done: {self.seen / (time.monotonic() - self.started):,.0f} tokens/s")
+    def end(self) -> tuple[int, float]:
+        rate = self.seen / (time.monotonic() - self.started)
+        self.announce(f"  done: {rate:,.0f} tokens/s")
+        return self.seen, rate
 
 
 class _Builder:

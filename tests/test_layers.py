@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parent.parent / "neo_ray"
 ROOMS = {
     "facts": (
         "__init__ assets config settings loading mistakes axes space trials records memory cautions refusals supply "
-        "shapes plan plan_text environment storage"
+        "environment inventory plan plan_text shapes storage "
     ),
     "training": (
         "adapters alignment answers batches checkpoints chunked data devices evaluate filling local losses merging models parts "
@@ -26,7 +26,7 @@ ROOMS = {
     ),
     "analysis": "card statistics effects evidence guidelines report",
     "ray": "board builder cluster lease progress searcher slot tuner",
-    "doors": "analyze bench bench_loss bench_step bench_turns export sweep",
+    "doors": "analyze bench bench_loss bench_step bench_turns export sweep targets",
 }
 ROOM = {module: room for room, modules in ROOMS.items() for module in modules.split()}
 FLOOR = {"facts": 0, "training": 1, "analysis": 1, "ray": 2, "doors": 3}
@@ -36,7 +36,7 @@ TORCH = {"torch", "transformers", "peft", "deepspeed", "accelerate"}
 FORBIDDEN = {"facts": {*TORCH, "ray"}, "training": {"ray"}, "analysis": {*TORCH, "ray"}, "ray": set(), "doors": set()}
 WITHOUT_RAY = {"lease", "progress"}
 """They stand with ray, and need none of it: a lease is taken before Ray starts, and a bar is drawn without it."""
-QUICK_DOORS = ("analyze", "bench", "export", "sweep")
+QUICK_DOORS = ("analyze", "bench", "export", "sweep", "targets")
 """Doors that answer `--help`, `--dry-run` and a mistake in a file before anything heavy is imported."""
 
 

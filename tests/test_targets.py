@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from doors import sweep_file
 from tiny import World
 
-from neo_ray import builder, data, models, stores
+from neo_ray import builder, data, inventory, models, stores, targets
 from neo_ray.config import SweepConfig
 from neo_ray.data import TokenData
 from neo_ray.evaluate import evaluation_batches
@@ -68,3 +70,74 @@ def test_a_larger_limit_adds_what_is_missing_and_reuses_the_rest(tiny_world: Wor
     write(tmp_path / "store", tokens, few)
     assert stores.missing(tmp_path / "store", tokens, few) == []
     assert stores.missing(tmp_path / "store", tokens, more) == [shard for shard in more if shard not in few] != []
+
+
+@pytest.fixture
+def cache(tokens: TokenData, tmp_path: Path) -> Path:
+    """A cache with a store `abc` that is whole, and used just now."""
+    folder, cut = tmp_path / "cache" / "targets" / "abc", stores.shards(tokens, BYTES_OF_ROW)
+    folder.mkdir(parents=True)
+    names = {"recipe": {"mode": "projection"}, "teacher": "big", "student": "small", "data": "text"}
+    inventory.describe(folder, names, {s.name: stores.num_rows(tokens.split(s.split), s) for s in cut})
+    write(folder, tokens, cut)
+    inventory.add_filled(folder, 1234, 5.0)
+    (folder / inventory.USED).touch()
+    return tmp_path / "cache"
+
+
+def test_a_store_says_what_it_is_and_keeps_what_earlier_sweeps_said(cache: Path) -> None:
+    folder = cache / "targets" / "abc"
+    before = inventory.facts_of(folder)
+    inventory.describe(folder, {"recipe": {"mode": "projection"}, "teacher": "big"}, {"train-99999": 7})
+    after = inventory.facts_of(folder)
+    assert after["shards"] == {**before["shards"], "train-99999": 7} and after["made"] == before["made"]
+    assert (after["tokens_seen"], after["tokens_per_second"]) == (1234, 5.0)
+    assert inventory.stores_in(cache)[0].absent == ["train-99999"]
+
+
+def test_the_list_names_stores_and_what_is_missing(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert targets.main(["list", "--cache", str(cache)]) == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("abc", "projection", "big", "small", "1,234", "all there"))
+    (cache / "targets" / "abc" / "train-00001.safetensors").unlink()
+    targets.main(["list", "--cache", str(cache)])
+    assert "1 of " in capsys.readouterr().out
+
+
+def test_verify_finds_a_flipped_byte_and_deletes_when_told(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["verify", "--cache", str(cache)]
+    assert targets.main(asked) == 0
+    harmed = cache / "targets" / "abc" / "train-00001.safetensors"
+    content = bytearray(harmed.read_bytes())
+    content[-1] ^= 1
+    harmed.write_bytes(content)
+    capsys.readouterr()
+    assert targets.main(asked) == 1 and harmed.exists()
+    assert "train-00001: not what was written" in capsys.readouterr().out
+    assert targets.main([*asked, "ab", "--delete"]) == 1 and not harmed.exists()
+    assert not harmed.with_suffix(".json").exists() and harmed.with_name("train-00000.safetensors").exists()
+
+
+def test_prune_takes_what_was_not_used_and_never_what_is_being_filled(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, asked = cache / "targets" / "abc", ["prune", "--cache", str(cache)]
+    assert targets.main([*asked, "--older-than", "10"]) == 0 and folder.exists()
+    long_ago = time.time() - 11 * targets.SECONDS_A_DAY
+    os.utime(folder / inventory.USED, (long_ago, long_ago))
+    assert targets.main([*asked, "--older-than", "10", "--dry-run"]) == 0 and folder.exists()
+    with inventory.unless_building(folder) as free:
+        assert free and targets.main([*asked, "--key", "abc"]) == 0 and folder.exists()
+    assert "somebody fills it" in capsys.readouterr().out
+    assert targets.main([*asked, "--older-than", "10"]) == 0 and not folder.exists()
+    assert "freed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [[], ["prune"], ["prune", "--dry-run"], ["list", "abc"]])
+def test_what_says_not_enough_is_refused_with_the_usage(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        targets.main(words)
+    assert refused.value.code == 2 and "usage" in capsys.readouterr().err
+
+
+def test_an_unknown_key_is_refused(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert targets.main(["verify", "--cache", str(cache), "abd"]) == 2
+    assert "KEY abd: no store has it (did you mean `abc`?)" in capsys.readouterr().err
