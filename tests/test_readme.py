@@ -24,7 +24,7 @@ from doors import ROOT, finish, start, sweep_file
 from planted import trial
 from tiny import World
 
-from neo_ray import analyze, export, sweep
+from neo_ray import analyze, export, sweep, targets
 from neo_ray.adapters import attach, save_adapter, trained_parameters
 from neo_ray.cautions import PARAMETER_OF
 from neo_ray.config import AXIS_KINDS, Axis, DataConfig, SweepConfig
@@ -124,6 +124,11 @@ def _export(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert export.main(words) == 2 and "has no adapter any more" in capsys.readouterr().err
 
 
+def _targets(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """On a cache of the checkout's own, which is empty."""
+    assert targets.main([*words, "--cache", "cache"]) == 0, capsys.readouterr().err
+
+
 def _make(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     planned = subprocess.run(["make", "-n", *words], capture_output=True, text=True)
     assert planned.returncode == 0, planned.stderr
@@ -169,6 +174,7 @@ CHECKS: dict[str, Callable[[list[str], pytest.CaptureFixture[str]], None]] = {
     "python -m neo_ray.sweep": _sweep,
     "python -m neo_ray.analyze": _analyze,
     "python -m neo_ray.export": _export,
+    "python -m neo_ray.targets": _targets,
     "python": _python,
     "make": _make,
     "ray": _ray,
@@ -198,6 +204,7 @@ def test_every_command_works_as_written(
         "python -m neo_ray.analyze results/none",
         "python -m neo_ray.export results/quickstart --trial 9999",
         "python -m neo_ray.export results/quickstart --dtype fp8",
+        "python -m neo_ray.targets prune",
         "make quikstart",
         "ray up",
         "ray exec cluster.yaml 'cd ~/neo_ray && python -m neo_ray.sweep sweeps/none.yaml'",
