@@ -14,6 +14,7 @@ from neo_ray.config import SweepConfig
 from neo_ray.loading import load
 from neo_ray.records import Journal, TrialRecord, load_records, write_atomically, write_records
 from neo_ray.settings import ConfigError
+from neo_ray.supply import BIAS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -201,6 +202,9 @@ def _notes(evidence: Evidence) -> list[str]:
     diverged = evidence.frame[evidence.frame["diverged"].astype(bool)]
     if len(diverged):
         notes.append(_divergence(evidence, len(diverged)))
+    bucketed = sum(record.details.get("targets") == "topk" for record in evidence.records)
+    if bucketed:
+        notes.append(f"{bucketed} trials had targets.mode topk, which is biased: {BIAS}.")
     constant = constant_axes(evidence).items()
     return [*notes, *(f"{name} is {number(value)} in every trial: nothing can be said of it." for name, value in constant)]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from neo_ray import devices
 from neo_ray.bench_turns import BASELINE, Announce, Measured, take_turns
 from neo_ray.chunked import chunked_loss, projected_loss, projection
-from neo_ray.losses import neo_loss
+from neo_ray.losses import TopK, neo_loss, top_k
 from neo_ray.models import Head
 from neo_ray.settings import DistillConfig
 
@@ -31,6 +31,8 @@ class Inputs:
     labels_N: Tensor
     projected: tuple[Tensor, Tensor]
     """The teacher's projection through the student's head, as a store of targets keeps it: fp16, and fp32 constants."""
+    likeliest: TopK
+    """The teacher's 64 likeliest tokens, as a store keeps them."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,9 @@ def make_inputs(
     known = [projection(teacher.logits(rows_CH, vocabulary), student, vocabulary, 1.0) for rows_CH in teacher_NH.split(64)]
     c_NH, constant_N = (torch.cat(parts) for parts in zip(*known, strict=True))
     projected = c_NH.half(), constant_N
-    return Inputs(student_NH.requires_grad_(), student_head_VH, teacher_NH, teacher_head_VH, labels_N, projected)
+    bucketed = [top_k(teacher.logits(rows_CH, vocabulary), 64, 1.0) for rows_CH in teacher_NH.split(64)]
+    likeliest = TopK(*(torch.cat([getattr(one, name) for one in bucketed]) for name in TopK.__dataclass_fields__))
+    return Inputs(student_NH.requires_grad_(), student_head_VH, teacher_NH, teacher_head_VH, labels_N, projected, likeliest)
 
 
 def cross_entropy(inputs: Inputs) -> Tensor:
@@ -107,6 +111,13 @@ def chunked(inputs: Inputs) -> Tensor:
     return sums.total / sums.count
 
 
+def bucketed(inputs: Inputs) -> Tensor:
+    """From the likeliest tokens alone: no head but the student's takes part. A lower bound of the whole loss."""
+    known, vocabulary = inputs.likeliest, len(inputs.student_head_VH)
+    sums = chunked_loss(inputs.student_NH, Head(inputs.student_head_VH), inputs.labels_N, known.rows, DistillConfig(), vocabulary)
+    return sums.total / sums.count
+
+
 def projected(inputs: Inputs) -> Tensor:
     """From what `projection` keeps of the teacher: no head but the student's takes part."""
     return _projected(inputs, inputs.projected)
@@ -129,4 +140,5 @@ ARMS = {
     "lora_chunked": LossArm("head and cross-entropy in chunks, no teacher", chunked_cross_entropy),
     "neo_chunked": LossArm("both heads and the Neo loss in chunks", chunked),
     "neo_projected": LossArm("head and the Neo loss in chunks, from the teacher's projection", projected),
+    "neo_topk": LossArm("head and the Neo loss in chunks, from the teacher's top 64 tokens", bucketed),
 }

@@ -117,10 +117,11 @@ class Running:
 def fill_store(mode: stores.Mode, parts: Parts, split: Split, folder: Path) -> stores.Store:
     """What the living teacher says of a split, stored."""
     data = TokenData(folder, "bench", {}, {"train": split})
-    recipe = stores.Recipe(mode, data.fingerprint, "bench", str(parts.dtype), parts.vocabulary)
+    k = min(64, parts.vocabulary) if mode == "topk" else 0
+    recipe = stores.Recipe(mode, data.fingerprint, "bench", str(parts.dtype), parts.vocabulary, top_k=k)
     head = models.output_head(parts.student) if mode == "projection" else None
     teacher = filling.Teacher(recipe, parts.teacher, data, parts.sources.pad_id, head)
-    bytes_of_row = row_bytes(mode, (head or teacher.head).weight_VH.shape[1])
+    bytes_of_row = row_bytes(mode, k or (head or teacher.head).weight_VH.shape[1])
     for shard in stores.shards(data, bytes_of_row):
         stores.write_shard(folder, shard, teacher.fill(shard))
     if mode == "hidden":
@@ -159,6 +160,7 @@ ARMS = {
     "neo": StepArm("Neo, live teacher", {"method": "neo"}, train.optimizer_step),
     "neo_projection": StepArm("Neo, stored projections", {"method": "neo"}, train.optimizer_step, targets="projection"),
     "neo_hidden": StepArm("Neo, stored hidden states", {"method": "neo"}, train.optimizer_step, targets="hidden"),
+    "neo_topk": StepArm("Neo, stored top 64 tokens", {"method": "neo"}, train.optimizer_step, targets="topk"),
     "reference": StepArm("Neo as the reference trainer steps", {"method": "neo"}, reference_step, has_whole_logits=True),
 }
 

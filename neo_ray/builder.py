@@ -107,10 +107,11 @@ def _source(config: SweepConfig, supply: Supply, sources: Sources, data: TokenDa
         dtype=_dtype_of_workers(config, supply.dtype),
         quantization=sources.teacher.quantization,
         vocabulary=sources.vocabulary,
-        temperature=supply.temperature if projects else 1.0,
+        temperature=supply.temperature,
+        top_k=min(supply.top_k, sources.vocabulary),
         head=models.identity(sources.student.path, sources.student.revision) if projects else None,
     )
-    return TargetSource(str((config.cache / "targets" / recipe.key).resolve()), recipe, _bytes_of_row(supply.mode, sources))
+    return TargetSource(str((config.cache / "targets" / recipe.key).resolve()), recipe, _bytes_of_row(recipe, sources))
 
 
 def _dtype_of_workers(config: SweepConfig, name: str) -> str:
@@ -149,7 +150,10 @@ def _check_pays(config: SweepConfig, data: TokenData, tokens_of_trials: int | No
         raise ConfigError(f"all trials together train on {tokens_of_trials:,} tokens, and the data has {whole:,}")
 
 
-def _bytes_of_row(mode: str, sources: Sources) -> int:
+def _bytes_of_row(recipe: stores.Recipe, sources: Sources) -> int:
+    mode = recipe.mode
+    if mode == "topk":
+        return row_bytes(mode, recipe.top_k)
     source, where = (sources.student, "student.model") if mode == "projection" else (sources.teacher, "teacher.model")
     assert source is not None
     own = models.read_config(source.path, source.revision, source.trust_remote_code, where)

@@ -24,7 +24,18 @@ PARAMETER_OF = {"jsd_beta": ("jsd",), "skew": ("skew_kl", "skew_reverse_kl"), "h
 
 def cautions(config: SweepConfig, space: Space, overrides: Sequence[str] = ()) -> list[str]:
     """Everything about a sweep to hear before it starts. `overrides`: `key=value` of the command line."""
-    checks = (_unused_axes, _unused_sections, _distances, _impossible_axes, _sampler, _scheduler, _training, _data, _cluster)
+    checks = (
+        _unused_axes,
+        _unused_sections,
+        _distances,
+        _impossible_axes,
+        _sampler,
+        _scheduler,
+        _training,
+        _targets,
+        _data,
+        _cluster,
+    )
     pairs = [[part.strip() for part in override.split("=", 1)] for override in overrides]
     given = {key for key, value in pairs if value not in ("", "~", "null")}
     return [*_overruled(config, space, given), *(line for check in checks for line in check(config, space))]
@@ -126,6 +137,11 @@ def _training(config: SweepConfig, space: Space) -> Iterator[str]:
         yield "training.padding_side is ignored: training.packing leaves no padding"
     if True in space.reach("packing") and space.reach("micro_batch_size") == [1]:
         yield "training.packing changes nothing: training.micro_batch_size is 1, and a single sequence is never padded"
+
+
+def _targets(config: SweepConfig, space: Space) -> Iterator[str]:
+    if config.targets.mode != "topk" and "top_k" in config.targets.not_default:
+        yield f"targets.top_k is ignored: targets.mode is {config.targets.mode}"
 
 
 def _data(config: SweepConfig, space: Space) -> Iterator[str]:

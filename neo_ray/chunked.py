@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neo_ray.losses import LossSums, neo_loss
+from neo_ray.losses import LossSums, TopK, neo_loss
 from neo_ray.memory import chunk_rows
 from neo_ray.models import AnyHead, Head
 from neo_ray.settings import DistillConfig
 
-TeacherLogits = Callable[[slice], Tensor]
-"""Scored positions of a batch → the teacher's logits_CV there, of any float dtype, without gradient."""
+TeacherLogits = Callable[[slice], Tensor | TopK]
+"""Scored positions of a batch → the teacher's logits_CV there, of any float dtype, without gradient, or the likeliest of them."""
 
 
 def chunked_loss(

@@ -186,10 +186,13 @@ class ObjectiveConfig(Section):
 class TargetsConfig(Section):
     """What the teacher says, and where it comes from."""
 
-    mode: Literal["auto", "live", "projection", "hidden"] = "auto"
+    mode: Literal["auto", "live", "projection", "hidden", "topk"] = "auto"
     """`live` runs the teacher in every trial. Of the stored ones, made once for all sweeps, `projection` (2 bytes × the student's
     width a token) serves forward KL at one temperature through a frozen head, `hidden` (2 bytes × the teacher's width) every
-    divergence; both are exact up to fp16. `auto` takes the smallest that serves the whole search space."""
+    divergence; both are exact up to fp16. `auto` takes the smallest of these that serves the whole search space. `topk`
+    (6 × `top_k` + 4 bytes) serves every divergence at one temperature, and is biased: divergences become lower bounds."""
+    top_k: int = Field(64, ge=1)
+    """Under `topk`: the teacher's likeliest tokens of a position, kept one by one; the others count as one."""
 
 
 class StorageConfig(Section):

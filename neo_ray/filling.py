@@ -15,10 +15,10 @@ from torch import Tensor
 from neo_ray import models
 from neo_ray.chunked import projection
 from neo_ray.data import Split, TokenData, collate
-from neo_ray.losses import scored
+from neo_ray.losses import scored, top_k
 from neo_ray.memory import chunk_rows
 from neo_ray.settings import ConfigError
-from neo_ray.stores import Recipe, Shard
+from neo_ray.stores import COLUMNS, Recipe, Shard
 
 BATCH_TOKENS = 4096
 """Of the teacher's forward pass, padding included; at least one example."""
@@ -38,7 +38,7 @@ class Teacher:
 
     @torch.no_grad()
     def fill(self, shard: Shard) -> dict[str, Tensor]:
-        """The rows of a shard: `c_RH` and `constant_R`, or `hidden_RG`.
+        """The rows of a shard, by the names of `stores.COLUMNS`.
 
         Raises:
             ConfigError: a row is beyond fp16.
@@ -54,7 +54,7 @@ class Teacher:
             counts = split.num_labels[indices].tolist()
             for index, *parts in zip(indices.tolist(), *(tensor.split(counts) for tensor in made), strict=True):
                 rows[index] = parts
-        names = ("c_RH", "constant_R") if self.recipe.mode == "projection" else ("hidden_RG",)
+        names = COLUMNS[self.recipe.mode]
         columns = zip(*(rows[index] for index in range(shard.first, shard.last)), strict=True)
         tensors = {name: torch.cat(column).cpu().contiguous() for name, column in zip(names, columns, strict=True)}
         if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
@@ -62,15 +62,19 @@ class Teacher:
         return tensors
 
     def _rows(self, states_NG: Tensor, temperature: float) -> tuple[Tensor, ...]:
-        if self.student_head is None:
+        if self.recipe.mode == "hidden":
             return (states_NG.half(),)
-        vocabulary = self.recipe.vocabulary
-        made = [
-            projection(self.head.logits(states_CG, vocabulary), self.student_head, vocabulary, temperature)
-            for states_CG in states_NG.split(chunk_rows(vocabulary, states_NG.device.type))
-        ]
-        c_NH, constant_N = (torch.cat(column) for column in zip(*made, strict=True))
-        return c_NH.half(), constant_N
+        chunks = states_NG.split(chunk_rows(self.recipe.vocabulary, states_NG.device.type))
+        made = [self._of_logits(self.head.logits(states_CG, self.recipe.vocabulary), temperature) for states_CG in chunks]
+        return tuple(torch.cat(column) for column in zip(*made, strict=True))
+
+    def _of_logits(self, teacher_CV: Tensor, temperature: float) -> tuple[Tensor, ...]:
+        if self.recipe.mode == "topk":
+            known = top_k(teacher_CV, self.recipe.top_k, temperature)
+            return known.log_p_NK, known.ids_NK, known.log_tail_N
+        assert self.student_head is not None
+        c_CH, constant_C = projection(teacher_CV, self.student_head, self.recipe.vocabulary, temperature)
+        return c_CH.half(), constant_C
 
 
 def _batches(split: Split, shard: Shard) -> Iterator[np.ndarray]:

@@ -29,6 +29,42 @@ class LossSums:
     count: int
 
 
+@dataclass(frozen=True)
+class TopK:
+    """A teacher of whom k probabilities are known and the rest as one: p over k + 1 buckets, at the loss's temperature.
+
+    A divergence over buckets is at most the one over tokens (data-processing inequality; `adaptive_kl`, which is no f-divergence,
+    has no such law). With k = V there is no rest, and it is the same.
+    """
+
+    log_p_NK: torch.Tensor
+    ids_NK: torch.Tensor
+    log_tail_N: torch.Tensor
+    """Log of the mass beyond the k tokens."""
+
+    def rows(self, where: slice) -> TopK:
+        return TopK(self.log_p_NK[where], self.ids_NK[where], self.log_tail_N[where])
+
+    def buckets(self, log_q_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """log p and log q over the buckets, [N, k + 1]. p is made to sum to 1 again, which fp16 may have ended."""
+        ids_NK, log_p_NB = self.ids_NK.long(), self.log_p_NK.float()
+        log_q_NB = log_q_NV.gather(-1, ids_NK)
+        if ids_NK.shape[-1] < log_q_NV.shape[-1]:
+            # the tail is summed up, not one less the head: that difference would be lost where the head has nearly all
+            tail_N1 = log_q_NV.scatter(-1, ids_NK, -math.inf).logsumexp(dim=-1, keepdim=True)
+            log_q_NB = torch.cat([log_q_NB, tail_N1], dim=-1)
+            log_p_NB = torch.cat([log_p_NB, self.log_tail_N[:, None]], dim=-1)
+        return F.log_softmax(log_p_NB, dim=-1), log_q_NB
+
+
+def top_k(teacher_NV: torch.Tensor, k: int, temperature: float) -> TopK:
+    """What a store keeps of a teacher's logits: fp16, int32 and fp32, 6 k + 4 bytes a position; k is V at most."""
+    log_p_NV = _log_softmax(teacher_NV, temperature)
+    log_p_NK, ids_NK = log_p_NV.topk(min(k, log_p_NV.shape[-1]), dim=-1)
+    log_tail_N = log_p_NV.scatter(-1, ids_NK, -math.inf).logsumexp(dim=-1)
+    return TopK(log_p_NK.half(), ids_NK.int(), log_tail_N.clamp_min(torch.finfo(torch.float32).min))
+
+
 def scored(logits_BLV: torch.Tensor, labels_BL: torch.Tensor, vocabulary: int) -> torch.Tensor:
     """Logits of the positions whose *next* token has a label, [N, vocabulary]. The one mask of every term."""
     return logits_BLV[:, :-1][labels_BL[:, 1:] != IGNORED][:, :vocabulary]
@@ -43,7 +79,7 @@ def next_labels(labels_BL: torch.Tensor) -> torch.Tensor:
 def neo_loss(
     student_NV: torch.Tensor,
     labels_N: torch.Tensor,
-    teacher_NV: torch.Tensor | None,
+    teacher_NV: torch.Tensor | TopK | None,
     distill: DistillConfig,
     label_smoothing: float = 0.0,
 ) -> LossSums:
@@ -52,7 +88,7 @@ def neo_loss(
     Args:
         student_NV: logits with gradient, any float dtype.
         labels_N: token ids below V.
-        teacher_NV: logits without gradient; None leaves plain cross-entropy (λ = 0).
+        teacher_NV: logits without gradient, or the likeliest of them; None leaves plain cross-entropy (λ = 0).
         label_smoothing: ε of CE against (1 − ε)·label + ε/V; the teacher's term has none.
     """
     if teacher_NV is None:
@@ -70,8 +106,8 @@ def neo_loss(
     return LossSums(total, ce.detach(), kd.detach(), labels_N.numel())
 
 
-def divergence_sum(student_NV: torch.Tensor, teacher_NV: torch.Tensor, distill: DistillConfig) -> torch.Tensor:
-    """T² · Σ_n D(p, q)_n, in nats; gradient to the student only. Both arguments are logits of any float dtype.
+def divergence_sum(student_NV: torch.Tensor, teacher_NV: torch.Tensor | TopK, distill: DistillConfig) -> torch.Tensor:
+    """T² · Σ_n D(p, q)_n, in nats; gradient to the student only. Both arguments are logits of any float dtype, or a `TopK`.
 
     T² keeps the size of the gradient as T grows, since that of a divergence with a quadratic minimum at p = q falls like 1/T².
     Total variation has a kink there, its gradient falls like 1/T, and so its factor is T.
@@ -79,8 +115,11 @@ def divergence_sum(student_NV: torch.Tensor, teacher_NV: torch.Tensor, distill: 
     return _divergence_sum(_log_softmax(student_NV, distill.temperature), teacher_NV, distill)
 
 
-def _divergence_sum(log_q_NV: torch.Tensor, teacher_NV: torch.Tensor, distill: DistillConfig) -> torch.Tensor:
-    log_p_NV = _log_softmax(teacher_NV.detach(), distill.temperature)
+def _divergence_sum(log_q_NV: torch.Tensor, teacher_NV: torch.Tensor | TopK, distill: DistillConfig) -> torch.Tensor:
+    if isinstance(teacher_NV, TopK):
+        log_p_NV, log_q_NV = teacher_NV.buckets(log_q_NV)
+    else:
+        log_p_NV = _log_softmax(teacher_NV.detach(), distill.temperature)
     rows_N = _DIVERGENCES[distill.divergence](log_p_NV, log_q_NV, distill)
     return distill.temperature ** (1 if distill.divergence == "total_variation" else 2) * rows_N.sum()
 

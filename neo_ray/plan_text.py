@@ -114,7 +114,8 @@ def _targets(plan: Plan) -> str:
     if supply.mode == "live":
         return f"the teacher runs in every trial: {supply.why}"
     shape = shapes[0] if supply.mode == "projection" else shapes[1]
-    size = f", {row_bytes(supply.mode, shape.hidden_size):,} bytes a labelled token" if shape else ""
+    width = min(supply.top_k, shape.vocab_size if shape else supply.top_k) or (shape.hidden_size if shape else 0)
+    size = f", {row_bytes(supply.mode, width):,} bytes a labelled token" if width else ""
     return f"the teacher runs once for all trials ({supply.mode}{size}): {supply.why}"
 
 

@@ -33,7 +33,13 @@ FORMAT_VERSION = 1
 SHARD_BYTES = 2**26
 PART, HEAD = ".part-", "head"
 """Beginning of the names of files that are not whole yet; name of the teacher's head."""
-Mode = Literal["projection", "hidden"]
+Mode = Literal["projection", "hidden", "topk"]
+COLUMNS: dict[Mode, tuple[str, ...]] = {
+    "projection": ("c_RH", "constant_R"),
+    "hidden": ("hidden_RG",),
+    "topk": ("log_p_RK", "ids_RK", "log_tail_R"),
+}
+"""Of a shard, in the order in which they are given out."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +55,11 @@ class Recipe:
     """`torch.…`: the teacher computes in it."""
     vocabulary: int
     temperature: float = 1.0
-    """Of the training split's projections; held-out splits are scored at 1. A hidden state has none."""
+    """Of the training split's projections and top k; held-out splits are scored at 1. A hidden state has none."""
     head: str | None = None
     """Identity of the student's weights, whose head projections go through."""
+    top_k: int = 0
+    """How many tokens a position has, under `topk`."""
     quantization: str = "none"
     transformers: str = ".".join(transformers.__version__.split(".")[:2])
     version: int = FORMAT_VERSION
@@ -123,8 +131,8 @@ def is_whole(folder: Path, name: str, rows: int | None = None) -> bool:
 
 
 def head_is_whole(folder: Path, recipe: Recipe) -> bool:
-    """A store of projections has none."""
-    return recipe.mode == "projection" or is_whole(folder, HEAD)
+    """A store of hidden states alone has one."""
+    return recipe.mode != "hidden" or is_whole(folder, HEAD)
 
 
 def missing(folder: Path, data: TokenData, wanted: Iterable[Shard]) -> list[Shard]:
@@ -168,7 +176,7 @@ class Store:
     """Split → its shards, their first examples, and where each example's rows begin: counted once, not at every step."""
 
     def rows(self, split_name: str, indices: Sequence[int] | np.ndarray, device: torch.device) -> tuple[Tensor, ...]:
-        """(c_NH fp16, constant_N fp32) or (hidden_NG fp16,) of the scored positions of examples, in their order.
+        """(c_NH fp16, constant_N fp32), (hidden_NG fp16,) or a `TopK`'s three, of scored positions, in order.
 
         Raises:
             RuntimeError: a shard is not what was written.
@@ -185,11 +193,8 @@ class Store:
             begun = ends[shard.first]
             where = slice(int(ends[index] - begun), int(ends[index + 1] - begun))
             file = self._open(shard, split)
-            found.append([file.get_slice(name)[where] for name in self._names()])
+            found.append([file.get_slice(name)[where] for name in COLUMNS[self.recipe.mode]])
         return tuple(torch.cat(column).to(device) for column in zip(*found, strict=True))
-
-    def _names(self) -> tuple[str, ...]:
-        return ("c_RH", "constant_R") if self.recipe.mode == "projection" else ("hidden_RG",)
 
     def _open(self, shard: Shard, split: Split) -> Any:
         if shard.name not in self.opened:

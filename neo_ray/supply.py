@@ -14,23 +14,30 @@ HEADS = ("lm_head", "embed_out", "output", "embed_tokens", "wte")
 """Layers that are a head, or are tied to one."""
 
 
+BIAS = "all but k tokens count as one, so that divergences, select_kl and report_kl are lower bounds of the whole ones"
+
+
 @dataclass(frozen=True)
 class Supply:
-    mode: Literal["live", "projection", "hidden"]
+    mode: Literal["live", "projection", "hidden", "topk"]
     why: str
     """In a few words, for the plan."""
     temperature: float = 1.0
-    """Of the projections that trials train with."""
+    """Of the projections or the top k that trials train with."""
     dtype: str = "auto"
     """Of all trials."""
+    top_k: int = 0
+    """Tokens of a position, under `topk`."""
 
 
 def row_bytes(mode: str, width: int) -> int:
-    """Bytes of one scored position in a store: fp16 numbers and, of a projection, an fp32 one.
+    """Bytes of one scored position in a store: fp16 numbers, but of a hidden state an fp32 one, of top k int32 ids.
 
     Args:
-        width: the student's for a projection, the teacher's for a hidden state.
+        width: the student's for a projection, the teacher's for a hidden state, k for the k likeliest tokens.
     """
+    if mode == "topk":
+        return (2 + 4) * width + 4
     return 2 * width + (4 if mode == "projection" else 0)
 
 
@@ -52,6 +59,8 @@ def choose(config: SweepConfig, space: Space, soft_cap: float | None = None) -> 
         raise ConfigError(f"targets.mode: {wanted} cannot be: {alive}; allowed: live, auto")
     if alive:
         return Supply("live", alive)
+    if wanted == "topk":
+        return _top_k(config, space)
     against = next(_against_projection(space, soft_cap), None)
     if wanted == "projection" and against:
         raise ConfigError(f"targets.mode: projection is not exact here: {against}; allowed: hidden, live, auto")
@@ -60,6 +69,16 @@ def choose(config: SweepConfig, space: Space, soft_cap: float | None = None) -> 
         return Supply("hidden", against or "as asked", dtype=dtype)
     (temperature,) = _temperatures(space)
     return Supply("projection", "forward KL through a frozen head needs no more", temperature, dtype)
+
+
+def _top_k(config: SweepConfig, space: Space) -> Supply:
+    """Serves every divergence and head, at one temperature; biased, so that nothing but a wish leads to it."""
+    if len(_temperatures(space)) > 1:
+        raise ConfigError(
+            "targets.mode: topk cannot be: distill.temperature is searched, and it has one; allowed: hidden, live, auto"
+        )
+    (temperature,), (dtype,) = _temperatures(space), space.reach("dtype")
+    return Supply("topk", f"as asked; biased: {BIAS}", temperature, dtype, config.targets.top_k)
 
 
 def _against_a_store(config: SweepConfig, space: Space) -> Iterator[str]:

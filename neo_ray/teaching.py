@@ -16,7 +16,7 @@ from neo_ray import models
 from neo_ray.alignment import numbers, scored_states
 from neo_ray.chunked import TeacherLogits
 from neo_ray.data import Batch
-from neo_ray.losses import divergence_sum, scored
+from neo_ray.losses import TopK, divergence_sum, scored
 from neo_ray.parts import Parts
 from neo_ray.settings import DistillConfig
 
@@ -39,6 +39,8 @@ class Taught:
 
     def kl_sum(self, logits_CV: Tensor, states_NH: Tensor | None, rows: slice) -> float:
         """Σ KL(teacher ‖ student) at T = 1 over some of the rows, in nats; a projection has to be one at T = 1.
+
+        Of the k likeliest tokens it is a lower bound, and they have to be known at T = 1.
 
         Args:
             logits_CV: the student's, of the rows.
@@ -73,6 +75,8 @@ def teach(
         stored = parts.targets.rows(split_name, indices, parts.device)
         if not (labels_BL[:, 1:] >= 0).any():
             stored = tuple(column[:0] for column in stored)
+        if parts.targets.recipe.mode == "topk":
+            return Taught(logits=TopK(*stored).rows)
         if parts.targets.head is None:
             return Taught(projected=(stored[0], stored[1]))
         return _through(parts.targets.head, stored[0], parts.vocabulary)

@@ -26,6 +26,7 @@ from neo_ray.parts import Parts, rank_and_world_size, sum_over_ranks
 from neo_ray.records import Stop
 from neo_ray.settings import TrialConfig
 from neo_ray.student import Student
+from neo_ray.supply import BIAS
 from neo_ray.teaching import Taught, teach
 
 LINEAR = torch.nn.functional.linear
@@ -103,6 +104,7 @@ def train(
         "micro_batch_size": trial.training.micro_batch(world_size),
         "trained_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in parameters.values()),
         "targets": parts.targets.recipe.mode if parts.targets is not None else "live" if parts.has_teacher else None,
+        **_bias(parts),
         "resumed_from_step": state["step"],
         "setup_seconds": time.monotonic() - started,
     }
@@ -265,6 +267,13 @@ def optimizer_step(
 def _skipped(engine: Any) -> int:
     """Steps so far whose gradients overflowed in fp16: the weights are as they were before."""
     return engine.fp16_scale.skipped_steps if engine.fp16_scale is not None else 0
+
+
+def _bias(parts: Parts) -> dict[str, str]:
+    """What a record says of targets that are not exact."""
+    if parts.targets is None or parts.targets.recipe.mode != "topk":
+        return {}
+    return {"targets_biased": BIAS.replace("k tokens", f"{parts.targets.recipe.top_k} tokens")}
 
 
 def _is_taught(trial: TrialConfig) -> bool:

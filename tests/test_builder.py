@@ -80,6 +80,11 @@ def test_a_store_gives_the_trials_of_a_living_teacher_and_serves_the_next_sweep(
         assert tokens_read(text) == ALL_TOKENS
         assert [record.details["targets"] for record in stored] == [mode] * 2
         assert scores(stored) == pytest.approx(scores(living), abs=2e-3)
+    text, bounded = swept(tiny_world, tmp_path / "topk", "topk")
+    assert "2 trials had targets.mode topk, which is biased" in " ".join(text.split())
+    for record, whole in zip(bounded, living, strict=True):
+        assert "all but 64 tokens count as one" in record.details["targets_biased"]
+        assert float(record.metrics["select_kl"] or 0) < float(whole.metrics["select_kl"] or 0), "a lower bound"
     (shards,) = {path.parent for path in (cache / "targets").glob("*/*.safetensors") if "head" not in path.name} - {
         path.parent for path in (cache / "targets").glob("*/head.safetensors")
     }

@@ -175,7 +175,7 @@ def test_every_part_of_a_recipe_changes_its_key(pair: Pair) -> None:
         "temperature": 2.0,
         "head": "x",
     }
-    others |= {"quantization": "4bit", "transformers": "4.0", "version": 99}
+    others |= {"quantization": "4bit", "top_k": 5, "transformers": "4.0", "version": 99}
     keys = {dataclasses.replace(recipe, **{name: value}).key for name, value in others.items()}
     assert set(others) == {field.name for field in dataclasses.fields(Recipe)}
     assert len(keys | {recipe.key}) == len(others) + 1

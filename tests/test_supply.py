@@ -65,7 +65,7 @@ ALIVE: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("why", ALIVE)
 def test_what_no_store_can_serve_keeps_the_teacher_alive(why: str) -> None:
     assert supply(**ALIVE[why]).mode == "live" and why in supply(**ALIVE[why]).why
-    for mode in ("projection", "hidden"):
+    for mode in ("projection", "hidden", "topk"):
         with pytest.raises(ConfigError, match=f"targets.mode: {mode} cannot be: .*{why}"):
             supply(mode=mode, **ALIVE[why])
 
@@ -76,4 +76,16 @@ def test_what_is_asked_for_is_taken() -> None:
 
 
 def test_a_row_s_bytes() -> None:
-    assert (row_bytes("projection", 2048), row_bytes("hidden", 4096)) == (4100, 8192)
+    assert (row_bytes("projection", 2048), row_bytes("hidden", 4096), row_bytes("topk", 64)) == (4100, 8192, 388)
+
+
+def test_top_k_serves_every_head_and_divergence_at_one_temperature_and_is_never_taken_by_itself() -> None:
+    sections: dict[str, Any] = {
+        "search": {"method": {"grid": ["neo", "kd"]}},
+        "distill": {"divergence": "jsd", "temperature": 2.0},
+    }
+    found = supply(mode="topk", **sections)
+    assert (found.mode, found.temperature, found.top_k) == ("topk", 2.0, 64) and "lower bounds" in found.why
+    assert supply(**sections).mode == "hidden"
+    with pytest.raises(ConfigError, match="targets.mode: topk cannot be: distill.temperature is searched"):
+        supply(mode="topk", search={"temperature": {"uniform": [1, 3]}})
