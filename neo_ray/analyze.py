@@ -77,7 +77,7 @@ def analyse(path: str | Path) -> Analysis:
         evidence=evidence,
         guidelines=tuple(guidelines_of(evidence)),
         matrix=rank_by_learning_rate(evidence.frame, evidence.metric, evidence.mode),
-        notes=(*notes, *_notes(evidence)),
+        notes=(*notes, *_notes(evidence), *_teacher(folder, records)),
     )
 
 
@@ -207,6 +207,14 @@ def _notes(evidence: Evidence) -> list[str]:
         notes.append(f"{bucketed} trials had targets.mode topk, which is biased: {BIAS}.")
     constant = constant_axes(evidence).items()
     return [*notes, *(f"{name} is {number(value)} in every trial: nothing can be said of it." for name, value in constant)]
+
+
+def _teacher(folder: Path, records: Sequence[TrialRecord]) -> list[str]:
+    """What the teacher read, where that was counted."""
+    from neo_ray.account import account, account_line
+
+    line = account_line(account(Journal(folder).events(), records))
+    return [line] if line else []
 
 
 def _divergence(evidence: Evidence, count: int) -> str:

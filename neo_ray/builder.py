@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import shutil
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,10 +17,12 @@ import filelock
 import ray
 
 from neo_ray import filling, inventory, models, stores
+from neo_ray.account import NO_TRIAL, account
 from neo_ray.config import SweepConfig
 from neo_ray.data import TokenData, open_data
 from neo_ray.evaluate import num_evaluated
 from neo_ray.parts import Sources, TargetSource
+from neo_ray.records import Journal
 from neo_ray.settings import ConfigError
 from neo_ray.supply import Supply, row_bytes
 
@@ -33,7 +36,13 @@ class TargetsFailed(RuntimeError):
 
 
 def stored_targets(
-    config: SweepConfig, supply: Supply, sources: Sources, workers: int, tokens_of_trials: int | None, announce: Announce
+    config: SweepConfig,
+    supply: Supply,
+    sources: Sources,
+    workers: int,
+    tokens_of_trials: int | None,
+    announce: Announce,
+    journal: Journal | None = None,
 ) -> Sources:
     """The sources with a whole store in place of the teacher. What is there already and intact is taken as it is.
 
@@ -42,6 +51,7 @@ def stored_targets(
     Args:
         workers: how many actors may work at once, each with a trial worker's resources.
         tokens_of_trials: what all trials together train on, where that is known.
+        journal: is told what filling the store took.
 
     Raises:
         ConfigError: the disk is too small, or the mode does not suit the models.
@@ -53,7 +63,9 @@ def stored_targets(
     source = _source(config, supply, sources, data)
     folder, cut = Path(source.folder), wanted(config, data, stores.shards(data, source.bytes_of_row))
     folder.mkdir(parents=True, exist_ok=True)
+    bill = _Bill(journal, folder, source.recipe.key)
     with _sole_builder(folder, announce):
+        bill.catch_up(cut)
         lacking = stores.missing(folder, data, cut) or ([] if stores.head_is_whole(folder, source.recipe) else cut[:1])
         try:
             if lacking:
@@ -62,7 +74,7 @@ def stored_targets(
                 _check_pays(config, data, tokens_of_trials)
                 _check_disk(folder, data, lacking, source.bytes_of_row)
                 _describe(config, source, data, cut)
-                inventory.add_filled(folder, *_fill(config, source, sources, data, lacking, workers, announce))
+                inventory.add_filled(folder, *_fill(config, source, sources, data, lacking, workers, announce, bill))
             else:
                 _describe(config, source, data, cut)
                 announce(f"the teacher's targets ({supply.mode}): reused from {folder}")
@@ -72,6 +84,7 @@ def stored_targets(
             announce(f"the teacher runs in every trial: {error}")
             return sources
         (folder / inventory.USED).touch()
+        bill.settle(source.recipe.mode, data, cut, len(lacking))
     return dataclasses.replace(sources, targets=source)
 
 
@@ -178,6 +191,7 @@ def _fill(
     lacking: list[stores.Shard],
     workers: int,
     announce: Announce,
+    bill: _Bill,
 ) -> tuple[int, float]:
     """Give shards to actors that are up until none is lacking: one that waits for a node keeps nobody waiting.
 
@@ -193,12 +207,13 @@ def _fill(
     busy: dict[Any, tuple[Any, stores.Shard | None]] = {}
 
     def begin() -> None:
-        actors.append(builder.remote(source, sources))
+        actors.append(builder.remote(source, sources, bill.fill))
         busy[actors[-1].ready.remote()] = actors[-1], None
 
-    total = sum(int(data.split(s.split).num_tokens[s.first : s.last].sum()) for s in lacking)
+    total = num_tokens(data, lacking)
     announce(f"the teacher reads {total:,} tokens, once for all trials ({source.recipe.mode} targets, at {source.folder})")
     speed, failures = _Speed(total, announce), 0
+    bill.begin()
     try:
         for _ in range(min(workers, left)):
             begin()
@@ -209,18 +224,20 @@ def _fill(
                 continue
             actor, shard = busy.pop(done[0])
             try:
-                tokens = ray.get(done[0])
+                told = ray.get(done[0])
             except ray.exceptions.RayTaskError as error:
                 raise error.cause if isinstance(error.cause, ConfigError) else TargetsFailed(_last_line(error)) from None
             except ray.exceptions.RayError as error:  # its process died
-                failures += 1
+                failures = bill.restarts = failures + 1
                 if failures > resources.max_failures:
                     raise TargetsFailed(_last_line(error)) from None
                 todo.extendleft([shard] if shard is not None else [])
                 begin()
                 continue
-            left -= shard is not None
-            speed.add(tokens)
+            if shard is not None:
+                left -= 1
+                bill.add(shard.name, told)
+            speed.add(told["tokens"])
             if todo:
                 shard = todo.popleft()
                 busy[actor.fill.remote(shard)] = actor, shard
@@ -233,6 +250,53 @@ def _fill(
 def _last_line(error: BaseException) -> str:
     logging.getLogger("neo_ray").error("the store of targets: %s", error)
     return f"the teacher's targets: {str(error).strip().splitlines()[-1][:300]}"
+
+
+class _Bill:
+    """What filling the store takes, told to the journal shard by shard, so that a driver that is killed leaves it there."""
+
+    def __init__(self, journal: Journal | None, folder: Path, store: str) -> None:
+        self.journal, self.folder, self.store = journal, folder, store
+        self.fill, self.restarts, self.started = uuid.uuid4().hex[:12], 0, time.monotonic()
+
+    def begin(self) -> None:
+        self._write("filling", fill=self.fill, store=self.store)
+
+    def add(self, shard: str, told: dict[str, Any]) -> None:
+        """`told`: what stands in the shard's record."""
+        self._write("filled", shard=shard, **told)
+
+    def catch_up(self, cut: list[stores.Shard]) -> None:
+        """Shards whose driver was killed before it heard of them: their records name its turn."""
+        before = account(self.journal.events() if self.journal is not None else (), ())
+        for shard in cut:
+            told = stores.read_record(self.folder, shard.name)
+            if told.get("fill") in before.fills and (told["fill"], shard.name) not in before.filled:
+                self.add(shard.name, {name: told[name] for name in ("fill", "tokens", "seconds")})
+
+    def settle(self, mode: str, data: TokenData, cut: list[stores.Shard], num_filled: int) -> None:
+        """The store is whole."""
+        self._write(
+            "targets",
+            store=self.store,
+            mode=mode,
+            shards=len(cut),
+            filled=num_filled,
+            tokens=num_tokens(data, cut),
+            rows=sum(stores.read_record(self.folder, shard.name)["rows"] for shard in cut),
+            labels=sum(stores.num_rows(data.split(shard.split), shard) for shard in cut),
+            restarts=self.restarts,
+            seconds=time.monotonic() - self.started,
+        )
+
+    def _write(self, event: str, **fields: Any) -> None:
+        if self.journal is not None:
+            self.journal.write(event, NO_TRIAL, **fields)
+
+
+def num_tokens(data: TokenData, wanted: list[stores.Shard]) -> int:
+    """Tokens of the examples of shards, each once."""
+    return sum(int(data.split(shard.split).num_tokens[shard.first : shard.last].sum()) for shard in wanted)
 
 
 class _Speed:
@@ -266,11 +330,11 @@ class _Speed:
 class _Builder:
     """Holds the teacher, and fills a shard at a time."""
 
-    def __init__(self, source: TargetSource, sources: Sources) -> None:
-        self.source, self.sources, self.folder = source, sources, Path(source.folder)
+    def __init__(self, source: TargetSource, sources: Sources, fill: str) -> None:
+        self.source, self.sources, self.folder, self.turn = source, sources, Path(source.folder), fill
 
-    def ready(self) -> int:
-        """Load the models; returns no tokens."""
+    def ready(self) -> dict[str, Any]:
+        """Load the models; no tokens."""
         from neo_ray import devices
         from neo_ray.parts import load_source
 
@@ -284,10 +348,13 @@ class _Builder:
         self.teacher = filling.Teacher(recipe, teacher, open_data(sources.data), sources.pad_id, head)
         if recipe.mode == "hidden":
             stores.write_head(self.folder, self.teacher.head)
-        return 0
+        return {"tokens": 0}
 
-    def fill(self, shard: stores.Shard) -> int:
-        """Returns the tokens that the teacher has seen for it."""
-        before = self.teacher.tokens_seen
-        stores.write_shard(self.folder, shard, self.teacher.fill(shard))
-        return self.teacher.tokens_seen - before
+    def fill(self, shard: stores.Shard) -> dict[str, Any]:
+        """Returns what it took: the driver's turn, the tokens that the teacher has seen for it, and the time."""
+        before, started = self.teacher.tokens_seen, time.monotonic()
+        tensors = self.teacher.fill(shard)
+        seconds = time.monotonic() - started
+        told = {"fill": self.turn, "tokens": self.teacher.tokens_seen - before, "seconds": seconds}
+        stores.write_shard(self.folder, shard, tensors, told)
+        return told

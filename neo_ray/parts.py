@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from neo_ray.config import Placement, Quantization
 from neo_ray.data import TokenData, open_data
 from neo_ray.settings import TrialConfig
 from neo_ray.stores import Recipe, Store, open_store
+
+ASKED = ("teacher_tokens", "target_rows", "spared_tokens")
+"""Tokens that a living teacher read, rows read from a store, tokens that a living one would have read in the store's place."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ class Parts:
     """Teacher states on the held-out splits and the untrained student's scores, by split."""
     targets: Store | None = None
     """What the teacher says, where it is not alive."""
+    asked: Counter[str] = field(default_factory=Counter)
+    """The `ASKED` of this worker so far; tokens without padding."""
 
     @property
     def has_teacher(self) -> bool:

@@ -100,17 +100,33 @@ def shards(data: TokenData, bytes_of_row: int) -> list[Shard]:
     return found
 
 
-def write_shard(folder: Path, shard: Shard, tensors: dict[str, Tensor]) -> None:
-    """Whole or not at all: first the rows, then a record with their checksum, each under a name of its own until it is whole."""
-    _write(folder, shard.name, tensors, {})
+def write_shard(folder: Path, shard: Shard, tensors: dict[str, Tensor], told: dict[str, Any] | None = None) -> None:
+    """Whole or not at all: first the rows, then a record with their checksum, each under a name of its own until it is whole.
+
+    Args:
+        told: what the record says besides.
+    """
+    _write(folder, shard.name, tensors, {}, told)
 
 
-def _write(folder: Path, name: str, tensors: dict[str, Tensor], settings: dict[str, str]) -> None:
+def read_record(folder: Path, name: str) -> dict[str, Any]:
+    """What was written of a file beside it: rows, bytes, checksum, and what `write_shard` was told; empty without one."""
+    try:
+        found = json.loads((folder / f"{name}.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write(
+    folder: Path, name: str, tensors: dict[str, Tensor], settings: dict[str, str], told: dict[str, Any] | None = None
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"{PART}{uuid.uuid4().hex[:8]}"
     try:
         save_file(tensors, part, settings)
         record = {"bytes": part.stat().st_size, "blake2b": _checksum(part), "rows": len(next(iter(tensors.values())))}
+        record |= told or {}
         _sync(part)
         os.replace(part, folder / f"{name}.safetensors")
         part.write_text(json.dumps(record))

@@ -134,7 +134,7 @@ def _run_on_ray(
             _write_contract(config, identity)
             log_to(config.folder / "logs" / "driver.log")
             sources = make_student(config, sources, announce)
-            sources = stored_targets(config, supply, sources, builders, plan.tokens_of_all, announce)
+            sources = stored_targets(config, supply, sources, builders, plan.tokens_of_all, announce, Journal(config.folder))
             records = retried(settle(Journal(config.folder)), retry_failed)
             announce("starting workers (they load the models once, for all trials)")
             try:

@@ -72,16 +72,11 @@ def teach(
     """
     if parts.targets is not None:
         assert not layers
-        stored = parts.targets.rows(split_name, indices, parts.device)
-        if not (labels_BL[:, 1:] >= 0).any():
-            stored = tuple(column[:0] for column in stored)
-        if parts.targets.recipe.mode == "topk":
-            return Taught(logits=TopK(*stored).rows)
-        if parts.targets.head is None:
-            return Taught(projected=(stored[0], stored[1]))
-        return _through(parts.targets.head, stored[0], parts.vocabulary)
+        parts.asked["spared_tokens"] += _tokens(parts, split_name, indices)
+        return _stored(parts, split_name, indices, labels_BL)
     if parts.teacher is None:
         return Taught()
+    parts.asked["teacher_tokens"] += _tokens(parts, split_name, indices)
     network = models.decoder(parts.teacher)
     given = models.inputs(network, batch.input_ids_BL, batch.attention_mask_BL, batch.position_ids_BL)
     outputs = network(**given, output_hidden_states=numbers(list(layers))) if layers else network(**given)
@@ -92,13 +87,36 @@ def teach(
 
 def teach_once(parts: Parts, split_name: str, indices: np.ndarray, batch: Batch) -> Taught:
     """As `teach`; a living teacher sees the batch once a worker, and its hidden states are kept in host memory."""
-    if parts.targets is not None or parts.teacher is None:
-        return teach(parts, split_name, indices, batch, batch.labels_BL)
-    key = ("hidden", split_name, tuple(int(index) for index in indices))
-    if key not in parts.measured:
+    key, seen = ("hidden", split_name, tuple(int(index) for index in indices)), parts.measured
+    if parts.targets is not None:
+        if key not in seen:
+            seen[key] = None
+            parts.asked["spared_tokens"] += _tokens(parts, split_name, indices)
+        return _stored(parts, split_name, indices, batch.labels_BL)
+    if parts.teacher is None:
+        return Taught()
+    if key not in seen:
+        parts.asked["teacher_tokens"] += _tokens(parts, split_name, indices)
         states_BLG = models.last_hidden(parts.teacher, batch.input_ids_BL, batch.attention_mask_BL, batch.position_ids_BL)
-        parts.measured[key] = scored(states_BLG, batch.labels_BL, states_BLG.shape[-1]).cpu()
-    return _through(models.output_head(parts.teacher), parts.measured[key], parts.vocabulary)
+        seen[key] = scored(states_BLG, batch.labels_BL, states_BLG.shape[-1]).cpu()
+    return _through(models.output_head(parts.teacher), seen[key], parts.vocabulary)
+
+
+def _stored(parts: Parts, split_name: str, indices: Sequence[int] | np.ndarray, labels_BL: Tensor) -> Taught:
+    assert parts.targets is not None
+    stored = parts.targets.rows(split_name, indices, parts.device)
+    if not (labels_BL[:, 1:] >= 0).any():
+        stored = tuple(column[:0] for column in stored)
+    parts.asked["target_rows"] += len(stored[0])
+    if parts.targets.recipe.mode == "topk":
+        return Taught(logits=TopK(*stored).rows)
+    if parts.targets.head is None:
+        return Taught(projected=(stored[0], stored[1]))
+    return _through(parts.targets.head, stored[0], parts.vocabulary)
+
+
+def _tokens(parts: Parts, split_name: str, indices: Sequence[int] | np.ndarray) -> int:
+    return int(parts.data.split(split_name).num_tokens[indices].sum())
 
 
 def _through(head: models.Head, states_NG: Tensor, vocabulary: int) -> Taught:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from neo_ray.data import Split, collate
 from neo_ray.evaluate import evaluate
 from neo_ray.losses import IGNORED
 from neo_ray.memory import reduce_bucket_elements
-from neo_ray.parts import Parts, rank_and_world_size, sum_over_ranks
+from neo_ray.parts import ASKED, Parts, rank_and_world_size, sum_over_ranks
 from neo_ray.records import Stop
 from neo_ray.settings import TrialConfig
 from neo_ray.student import Student
@@ -74,6 +75,7 @@ def train(
     """
     started, (rank, world_size) = time.monotonic(), rank_and_world_size()
     devices.reset_peak_memory(parts.device)
+    asked_before = Counter(parts.asked)
     _check_packing(parts, trial)
     baseline = _baseline(parts, trial)
     split = parts.data.split("train")
@@ -87,6 +89,7 @@ def train(
     engine = build_engine(student, trained, trial, world_size)
 
     state: dict[str, Any] = {"step": 0, "seconds": 0.0, "peak_memory_bytes": 0, "curve": [], "window": [0.0] * 5}
+    state |= dict.fromkeys(ASKED, 0)
     checkpoint_folder = folder / "checkpoint" if folder is not None else None
     resumed = checkpoints.latest(checkpoint_folder) if checkpoint_folder is not None else None
     if resumed is not None:
@@ -120,9 +123,15 @@ def train(
             "peak_memory_bytes": peak,
         }
 
+    def asked() -> dict[str, int]:
+        """Over all ranks and all attempts, but for the steps that were lost with a worker."""
+        here = [parts.asked[name] - asked_before[name] for name in ASKED]
+        sums = sum_over_ranks(torch.tensor(here, dtype=torch.int64, device=parts.device)).tolist()
+        return {name: state[name] + int(number) for name, number in zip(ASKED, sums, strict=True)}
+
     def keep(folder: Path) -> None:
         scale = {} if engine.fp16_scale is None else {"fp16_scale": engine.fp16_scale.state()}
-        _save(engine, trained, folder, state | {"step": step, "window": window.tolist()} | scale | _clock(totals()))
+        _save(engine, trained, folder, state | {"step": step, "window": window.tolist()} | scale | _clock(totals()) | asked())
 
     step = state["step"]
     if rank == 0:
@@ -176,7 +185,7 @@ def train(
         outcome = Outcome("COMPLETE", metrics=metrics)
     if engine.fp16_scale is not None:
         details |= {"skipped_steps": _skipped(engine), "loss_scale": engine.fp16_scale.value}
-    final = _worst(totals(), parts)
+    final, details = _worst(totals(), parts), details | asked()
     engine.destroy()
     torch.nn.functional.linear = LINEAR
     if trial.training.gradient_checkpointing:

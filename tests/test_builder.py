@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import shutil
 from pathlib import Path
@@ -9,12 +10,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from doors import finish, start, sweep_file
 from test_faults import FAULT
 from tiny import World
 
 from neo_ray import builder
-from neo_ray.records import TrialRecord, load_records
+from neo_ray.account import account
+from neo_ray.records import Journal, TrialRecord, load_records
 from neo_ray.settings import ConfigError
 
 SETTINGS: dict[str, Any] = {
@@ -38,12 +41,12 @@ def inject(stores):
     stores.SHARD_BYTES = 2**16
     write_shard = stores.write_shard
 
-    def dying(folder, shard, tensors):
+    def dying(folder, shard, *rest):
         mark = pathlib.Path(__file__).with_name("died")
         if shard.name == "train-00001" and not mark.exists():
             mark.touch()
             os._exit(1)
-        return write_shard(folder, shard, tensors)
+        return write_shard(folder, shard, *rest)
 
     stores.write_shard = dying
 """
@@ -117,6 +120,43 @@ def test_two_sweeps_that_need_the_same_store_fill_it_once(tiny_world: World, tmp
     texts = [finish(process) for process in running]
     assert [process.returncode for process in running] == [0, 0], texts
     assert sorted(tokens_read(text) for text in texts) == [0, ALL_TOKENS]
+
+
+def test_a_shard_whose_driver_was_killed_is_counted_by_the_next_and_once(tmp_path: Path) -> None:
+    """Three shards of this sweep's turn, of which its driver heard of one; one of another's; one that says nothing."""
+    journal, store = Journal(tmp_path / "results"), tmp_path / "store"
+    cut = [builder.stores.Shard("train", number, number, number + 1) for number in range(5)]
+    killed = builder._Bill(journal, store, "key")
+    killed.begin()
+    rows = {"hidden_RG": torch.zeros(2, 4)}
+    for shard in cut[:3]:
+        builder.stores.write_shard(store, shard, rows, {"fill": killed.fill, "tokens": 3, "seconds": 0.5})
+    killed.add(cut[0].name, {"fill": killed.fill, "tokens": 3, "seconds": 0.5})
+    builder.stores.write_shard(store, cut[3], rows, {"fill": "another sweep's", "tokens": 3, "seconds": 0.5})
+    builder.stores.write_shard(store, cut[4], rows)
+    for _ in range(2):
+        builder._Bill(journal, store, "key").catch_up(cut)
+        found = account(journal.events(), ())
+        assert found.filled == {(killed.fill, shard.name) for shard in cut[:3]}
+        assert (found.builder_tokens, found.builder_seconds) == (9, 1.5)
+        assert sum(event["event"] == "filled" for event in journal.events()) == 3
+
+
+def test_a_disk_that_is_full_while_a_shard_is_written_leaves_no_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shard, rows = builder.stores.Shard("train", 0, 0, 1), {"hidden_RG": torch.zeros(2, 4)}
+    save_file = builder.stores.save_file
+
+    def full(tensors: Any, path: Path, settings: Any) -> None:
+        Path(path).write_bytes(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(builder.stores, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        builder.stores.write_shard(tmp_path, shard, rows)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(builder.stores, "save_file", save_file)
+    builder.stores.write_shard(tmp_path, shard, rows)
+    assert builder.stores.is_whole(tmp_path, shard.name, 2), "room again"
 
 
 def test_a_disk_too_small_is_refused_before_anything_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ PACKAGE = Path(__file__).parent.parent / "neo_ray"
 
 ROOMS = {
     "facts": (
-        "__init__ assets config settings loading mistakes axes space trials records memory cautions refusals supply "
-        "environment inventory plan plan_text shapes storage "
+        "__init__ account assets axes cautions config environment inventory loading memory mistakes plan plan_text "
+        "records refusals settings shapes space storage supply trials "
     ),
     "training": (
         "adapters alignment answers batches checkpoints chunked data devices evaluate filling local losses merging models parts "
