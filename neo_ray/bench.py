@@ -1,4 +1,5 @@
-"""What does it cost? `python -m neo_ray.bench step` times optimizer steps, `… loss` the loss alone, `… table` renders results.
+"""What does it cost? `python -m neo_ray.bench step` times optimizer steps, `… loss` the loss alone,
+`… reader` the rows of a store of targets, `… table` renders results.
 
 Every result is a ratio between arms of one run. Exit code 2: a mistake, or a package that is missing.
 """
@@ -46,6 +47,8 @@ def _run(asked: argparse.Namespace, words: list[str]) -> int:
         if asked.benchmark == "table":
             update_readme(asked.folder)
             return 0
+        if asked.benchmark == "reader":
+            return _reader(asked)
         _choose_device(asked.device)
         load = os.getloadavg()
         result = describe(asked.benchmark, _step(asked) if asked.benchmark == "step" else _loss(asked), words, load)
@@ -79,6 +82,11 @@ def _parser() -> argparse.ArgumentParser:
         benchmark.add_argument(
             "--out", type=Path, metavar="PATH", help="a .json file, or a folder: <benchmark>-<device>.json there"
         )
+    reader = benchmarks.add_parser("reader", help="rows of a store of targets: scored tokens a second, in shuffled batches")
+    reader.add_argument("--place", default=None, metavar="PLACE", help="a new folder, or a URL such as s3://bucket/x")
+    reader.add_argument("--rows", type=_count, default=9216, metavar="N", help="scored positions of the store (9216)")
+    reader.add_argument("--width", type=_count, default=576, metavar="N", help="of the student's last hidden state (576)")
+    reader.add_argument("--batch", type=_count, default=8, metavar="N", help="sequences of a step, 128 positions each (8)")
     table = benchmarks.add_parser("table", help="render a folder's JSON files into its README.md")
     table.add_argument("folder", type=Path)
     return parser
@@ -97,6 +105,13 @@ def _loss(asked: argparse.Namespace) -> Measured:
 
     vocabulary, width = asked.vocabulary or SMOLLM2_CONFIG["vocab_size"], asked.width or SMOLLM2_CONFIG["hidden_size"]
     return measure_losses(asked.tokens, vocabulary, width, asked.teacher_width or width, asked.repeats, print)
+
+
+def _reader(asked: argparse.Namespace) -> int:
+    from neo_ray.bench_reader import measure_reader
+
+    print(json.dumps(measure_reader(asked.place, asked.rows, asked.width, asked.batch), indent=2))
+    return 0
 
 
 def pair(teacher: str | None, student: str | None, data: str | None, length: int) -> SweepConfig:

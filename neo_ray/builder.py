@@ -9,7 +9,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,16 @@ from neo_ray.account import NO_TRIAL, account
 from neo_ray.config import SweepConfig
 from neo_ray.data import TokenData, open_data
 from neo_ray.evaluate import num_evaluated
+from neo_ray.lease import Held, lease
 from neo_ray.parts import Sources, TargetSource
 from neo_ray.records import Journal
 from neo_ray.settings import ConfigError
+from neo_ray.storage import Folder
 from neo_ray.supply import Supply, row_bytes
 
 Announce = Callable[[str], None]
 SECONDS_BETWEEN_WORDS = 10.0
+WAITING = "waiting for another sweep, which fills the same store of targets"
 SPARE = 1.1  # of a disk, beyond the store itself
 
 
@@ -61,20 +64,22 @@ def stored_targets(
         return sources
     data = open_data(sources.data)
     source = _source(config, supply, sources, data)
-    folder, cut = Path(source.folder), wanted(config, data, stores.shards(data, source.bytes_of_row))
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, cut = source.place, wanted(config, data, stores.shards(data, source.bytes_of_row))
     bill = _Bill(journal, folder, source.recipe.key)
     with _sole_builder(folder, announce):
         bill.catch_up(cut)
         lacking = stores.missing(folder, data, cut) or ([] if stores.head_is_whole(folder, source.recipe) else cut[:1])
         try:
             if lacking:
-                for part in folder.glob(f"{stores.PART}*"):  # of a builder that was killed
-                    part.unlink(missing_ok=True)
                 _check_pays(config, data, tokens_of_trials)
-                _check_disk(folder, data, lacking, source.bytes_of_row)
+                if isinstance(folder, Path):
+                    for part in folder.glob(f"{stores.PART}*"):  # of a builder that was killed
+                        part.unlink(missing_ok=True)
+                    _check_disk(folder, data, lacking, source.bytes_of_row)
                 _describe(config, source, data, cut)
-                inventory.add_filled(folder, *_fill(config, source, sources, data, lacking, workers, announce, bill))
+                filled = _fill(config, source, sources, data, lacking, workers, announce, bill)
+                if isinstance(folder, Path):
+                    inventory.add_filled(folder, *filled)
             else:
                 _describe(config, source, data, cut)
                 announce(f"the teacher's targets ({supply.mode}): reused from {folder}")
@@ -83,13 +88,16 @@ def stored_targets(
                 raise
             announce(f"the teacher runs in every trial: {error}")
             return sources
-        (folder / inventory.USED).touch()
+        if isinstance(folder, Path):
+            (folder / inventory.USED).touch()
         bill.settle(source.recipe.mode, data, cut, len(lacking))
     return dataclasses.replace(sources, targets=source)
 
 
 def _describe(config: SweepConfig, source: TargetSource, data: TokenData, cut: list[stores.Shard]) -> None:
-    """What the store is, for people and for `neo_ray.targets`."""
+    """What a local store is, for people and for `neo_ray.targets`."""
+    if not isinstance(source.place, Path):
+        return
     assert config.teacher is not None
     prune = config.student.prune
     names = {
@@ -100,7 +108,7 @@ def _describe(config: SweepConfig, source: TargetSource, data: TokenData, cut: l
         "bytes_of_row": source.bytes_of_row,
     }
     rows = {shard.name: stores.num_rows(data.split(shard.split), shard) for shard in cut}
-    inventory.describe(Path(source.folder), names, rows)
+    inventory.describe(source.place, names, rows)
 
 
 def wanted(config: SweepConfig, data: TokenData, cut: list[stores.Shard]) -> list[stores.Shard]:
@@ -124,7 +132,9 @@ def _source(config: SweepConfig, supply: Supply, sources: Sources, data: TokenDa
         top_k=min(supply.top_k, sources.vocabulary),
         head=models.identity(sources.student.path, sources.student.revision) if projects else None,
     )
-    return TargetSource(str((config.cache / "targets" / recipe.key).resolve()), recipe, _bytes_of_row(recipe, sources))
+    folder = config.targets_folder / recipe.key
+    where = str(folder.resolve() if isinstance(folder, Path) else folder)
+    return TargetSource(where, recipe, _bytes_of_row(recipe, sources), config.storage.scratch)
 
 
 def _dtype_of_workers(config: SweepConfig, name: str) -> str:
@@ -141,15 +151,35 @@ def _dtype_of_workers(config: SweepConfig, name: str) -> str:
 
 
 @contextmanager
-def _sole_builder(folder: Path, announce: Announce) -> Iterator[None]:
+def _sole_builder(folder: Folder, announce: Announce) -> Iterator[None]:
     """Of sweeps that need the same store at once, one fills it, and the others find it whole."""
+    with _lock(folder, announce) if isinstance(folder, Path) else _waited_lease(folder, announce):
+        yield
+
+
+@contextmanager
+def _waited_lease(folder: Folder, announce: Announce) -> Iterator[None]:
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(lease(folder))
+                break
+            except Held:
+                announce(WAITING)
+                time.sleep(5)
+        yield
+
+
+@contextmanager
+def _lock(folder: Path, announce: Announce) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
     lock = inventory.lock_of(folder)
     while True:
         try:
             lock.acquire(timeout=5)
             break
         except filelock.Timeout:
-            announce("waiting for another sweep, which fills the same store of targets")
+            announce(WAITING)
     try:
         yield
     finally:
@@ -255,7 +285,7 @@ def _last_line(error: BaseException) -> str:
 class _Bill:
     """What filling the store takes, told to the journal shard by shard, so that a driver that is killed leaves it there."""
 
-    def __init__(self, journal: Journal | None, folder: Path, store: str) -> None:
+    def __init__(self, journal: Journal | None, folder: Folder, store: str) -> None:
         self.journal, self.folder, self.store = journal, folder, store
         self.fill, self.restarts, self.started = uuid.uuid4().hex[:12], 0, time.monotonic()
 
@@ -331,7 +361,7 @@ class _Builder:
     """Holds the teacher, and fills a shard at a time."""
 
     def __init__(self, source: TargetSource, sources: Sources, fill: str) -> None:
-        self.source, self.sources, self.folder, self.turn = source, sources, Path(source.folder), fill
+        self.source, self.sources, self.folder, self.turn = source, sources, source.place, fill
 
     def ready(self) -> dict[str, Any]:
         """Load the models; no tokens."""

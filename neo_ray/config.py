@@ -6,13 +6,13 @@ Neither torch nor ray is imported here, so that every mistake in a file is repor
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from neo_ray.settings import Section, TrialConfig
+from neo_ray.storage import Folder, at, is_url
 
 Placement = Literal["replicated", "sharded", "offloaded"]
 Quantization = Literal["none", "8bit", "4bit"]
@@ -183,6 +183,18 @@ class ObjectiveConfig(Section):
     mode: Literal["min", "max"] = "min"
 
 
+def _known(place: str) -> str:
+    """A folder, or a URL of a kind that there is."""
+    import fsspec
+
+    kind = place.partition("://")[0]
+    if is_url(place) and kind not in fsspec.available_protocols():
+        raise ValueError(
+            f"{place} is neither a folder nor the URL of an object store such as s3://bucket/path or gs://bucket/path"
+        )
+    return place
+
+
 class TargetsConfig(Section):
     """What the teacher says, and where it comes from."""
 
@@ -193,6 +205,14 @@ class TargetsConfig(Section):
     (6 × `top_k` + 4 bytes) serves every divergence at one temperature, and is biased: divergences become lower bounds."""
     top_k: int = Field(64, ge=1)
     """Under `topk`: the teacher's likeliest tokens of a position, kept one by one; the others count as one."""
+    path: str | None = None
+    """Where the stores are: a folder that all nodes see, or a URL of an object store (`s3://…`), of which each node keeps a copy
+    under `storage.scratch`. null: `<storage.cache>/targets`."""
+
+    @field_validator("path")
+    @classmethod
+    def _a_place(cls, value: str | None) -> str | None:
+        return _known(value) if value is not None else None
 
 
 class StorageConfig(Section):
@@ -200,12 +220,15 @@ class StorageConfig(Section):
     """Results go to `<path>/<name>`; on a cluster a folder that all nodes see."""
     cache: str = "~/.cache/neo_ray"
     """Tokenised data, pruned students, downloads; shared by sweeps. On a cluster a folder that all nodes see."""
+    scratch: str | None = None
+    """A folder on each node's own disk for copies of what object stores hold; variables (`$TMPDIR/x`) are the node's. null: under
+    the system's folder for temporary files."""
 
     @field_validator("path", "cache")
     @classmethod
     def _a_folder(cls, value: str) -> str:
         """A URL would become a local folder of this name: trials write checkpoints and adapters with the means of a disk."""
-        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", value):
+        if is_url(value):
             raise ValueError("must be a folder, not a URL; on a cluster one that all nodes see, e.g. a mounted bucket")
         return value
 
@@ -304,3 +327,7 @@ class SweepConfig(TrialConfig):
     @property
     def cache(self) -> Path:
         return Path(self.storage.cache).expanduser()
+
+    @property
+    def targets_folder(self) -> Folder:
+        return at(self.targets.path, self.storage.scratch) if self.targets.path else self.cache / "targets"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from neo_ray import devices, models, placement
 from neo_ray.config import Placement, Quantization
 from neo_ray.data import TokenData, open_data
 from neo_ray.settings import TrialConfig
+from neo_ray.storage import Folder, at
 from neo_ray.stores import Recipe, Store, open_store
 
 ASKED = ("teacher_tokens", "target_rows", "spared_tokens")
@@ -39,6 +39,12 @@ class TargetSource:
     folder: str
     recipe: Recipe
     bytes_of_row: int
+    scratch: str | None = None
+    """The setting `storage.scratch`."""
+
+    @property
+    def place(self) -> Folder:
+        return at(self.folder, self.scratch)
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,7 @@ def load_parts(sources: Sources, trial: TrialConfig, device: torch.device) -> Pa
     if sources.targets is not None:
         if sources.targets.recipe.dtype != str(dtype):
             raise RuntimeError(f"the teacher's targets were made in {sources.targets.recipe.dtype}, and this worker has {dtype}")
-        store = open_store(Path(sources.targets.folder), sources.targets.recipe, sources.targets.bytes_of_row, data, device)
+        store = open_store(sources.targets.place, sources.targets.recipe, sources.targets.bytes_of_row, data, device)
     elif sources.teacher is not None:
         begun = device if sources.teacher_placement == "replicated" else torch.device("cpu")
         teacher = load_source(sources.teacher, dtype, begun, "teacher.model")

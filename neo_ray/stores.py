@@ -25,8 +25,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from neo_ray import models
+from neo_ray import models, staging
 from neo_ray.data import Split, TokenData
+from neo_ray.storage import Folder, Remote
+from neo_ray.storage import checksum as _checksum
 
 FORMAT_VERSION = 1
 """Raise it with any change that gives other numbers or other files."""
@@ -100,16 +102,17 @@ def shards(data: TokenData, bytes_of_row: int) -> list[Shard]:
     return found
 
 
-def write_shard(folder: Path, shard: Shard, tensors: dict[str, Tensor], told: dict[str, Any] | None = None) -> None:
+def write_shard(folder: Folder, shard: Shard, tensors: dict[str, Tensor], told: dict[str, Any] | None = None) -> None:
     """Whole or not at all: first the rows, then a record with their checksum, each under a name of its own until it is whole.
 
     Args:
         told: what the record says besides.
     """
-    _write(folder, shard.name, tensors, {}, told)
+    with staging.written(folder) as here:
+        _write(here, shard.name, tensors, {}, told)
 
 
-def read_record(folder: Path, name: str) -> dict[str, Any]:
+def read_record(folder: Folder, name: str) -> dict[str, Any]:
     """What was written of a file beside it: rows, bytes, checksum, and what `write_shard` was told; empty without one."""
     try:
         found = json.loads((folder / f"{name}.json").read_text())
@@ -136,8 +139,11 @@ def _write(
         part.unlink(missing_ok=True)
 
 
-def is_whole(folder: Path, name: str, rows: int | None = None) -> bool:
-    """Is a file on disk as it was written, by its checksum, and has it so many rows?"""
+def is_whole(folder: Folder, name: str, rows: int | None = None) -> bool:
+    """Is a file as it was written, by its checksum (in an object store by its size), and has it so many rows?"""
+    if isinstance(folder, Remote):
+        found = staging.recorded(folder)
+        return name in found and rows in (None, found[name])
     path = folder / f"{name}.safetensors"
     try:
         record = json.loads((folder / f"{name}.json").read_text())
@@ -146,21 +152,25 @@ def is_whole(folder: Path, name: str, rows: int | None = None) -> bool:
         return False
 
 
-def head_is_whole(folder: Path, recipe: Recipe) -> bool:
+def head_is_whole(folder: Folder, recipe: Recipe) -> bool:
     """A store of hidden states alone has one."""
     return recipe.mode != "hidden" or is_whole(folder, HEAD)
 
 
-def missing(folder: Path, data: TokenData, wanted: Iterable[Shard]) -> list[Shard]:
+def missing(folder: Folder, data: TokenData, wanted: Iterable[Shard]) -> list[Shard]:
     """Shards that are not there, or not as they were written."""
+    if isinstance(folder, Remote):
+        found = staging.recorded(folder)
+        return [shard for shard in wanted if found.get(shard.name) != num_rows(data.split(shard.split), shard)]
     return [shard for shard in wanted if not is_whole(folder, shard.name, num_rows(data.split(shard.split), shard))]
 
 
-def write_head(folder: Path, head: models.Head) -> None:
+def write_head(folder: Folder, head: models.Head) -> None:
     """The teacher's head, for a store of hidden states: whole or not at all, by whoever comes first or last."""
     tensors = {name: tensor for name, tensor in (("weight_VH", head.weight_VH), ("bias_V", head.bias_V)) if tensor is not None}
     settings = json.dumps({"soft_cap": head.soft_cap, "logit_scale": head.logit_scale})
-    _write(folder, HEAD, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {"head": settings})
+    with staging.written(folder) as here:
+        _write(here, HEAD, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {"head": settings})
 
 
 def _read_head(folder: Path, device: torch.device) -> models.Head:
@@ -171,10 +181,16 @@ def _read_head(folder: Path, device: torch.device) -> models.Head:
         return models.Head(tensors["weight_VH"], tensors.get("bias_V"), **json.loads(file.metadata()["head"]))
 
 
-def open_store(folder: Path, recipe: Recipe, bytes_of_row: int, data: TokenData, device: torch.device) -> Store:
-    """A store that `missing` finds whole."""
+def open_store(folder: Folder, recipe: Recipe, bytes_of_row: int, data: TokenData, device: torch.device) -> Store:
+    """A store that `missing` finds whole. One in an object store is brought here, shard by shard, from now on."""
+    cut, staged = shards(data, bytes_of_row), None
+    if isinstance(folder, Remote):
+        staged = staging.Staged(folder, [shard.name for shard in cut])
+        folder = staged.folder
+    if staged is not None and recipe.mode == "hidden":
+        (folder / f"{HEAD}.json").write_text(json.dumps(staged.bring(HEAD)))
     head = _read_head(folder, device) if recipe.mode == "hidden" else None
-    return Store(folder, recipe, data, shards(data, bytes_of_row), head)
+    return Store(folder, recipe, data, cut, head, staged)
 
 
 @dataclass
@@ -187,6 +203,8 @@ class Store:
     cut: list[Shard]
     head: models.Head | None = None
     """The teacher's, for hidden states."""
+    staged: staging.Staged | None = None
+    """Brings the shards of an object store into `folder`."""
     opened: dict[str, Any] = field(default_factory=dict)
     places: dict[str, tuple[list[Shard], list[int], np.ndarray]] = field(default_factory=dict)
     """Split → its shards, their first examples, and where each example's rows begin: counted once, not at every step."""
@@ -195,7 +213,7 @@ class Store:
         """(c_NH fp16, constant_N fp32), (hidden_NG fp16,) or a `TopK`'s three, of scored positions, in order.
 
         Raises:
-            RuntimeError: a shard is not what was written.
+            RuntimeError: a shard is not what was written (`Damaged` where it comes from an object store).
         """
         split = self.data.split(split_name)
         if split_name not in self.places:
@@ -214,22 +232,20 @@ class Store:
 
     def _open(self, shard: Shard, split: Split) -> Any:
         if shard.name not in self.opened:
-            if not is_whole(self.folder, shard.name, num_rows(split, shard)):
+            if not self._is_whole(shard.name, num_rows(split, shard)):
                 raise RuntimeError(
                     f"targets: {self.folder / shard.name}.safetensors is not what was written; run the sweep again"
                 )
             self.opened[shard.name] = safe_open(self.folder / f"{shard.name}.safetensors", framework="pt")
         return self.opened[shard.name]
 
+    def _is_whole(self, name: str, rows: int) -> bool:
+        return is_whole(self.folder, name, rows) if self.staged is None else bool(self.staged.bring(name)["rows"] == rows)
+
 
 def num_rows(split: Split, shard: Shard) -> int:
     """Scored positions of a shard."""
     return int(split.num_labels[shard.first : shard.last].sum())
-
-
-def _checksum(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _sync(path: Path) -> None:

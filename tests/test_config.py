@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from neo_ray.config import SweepConfig
+from neo_ray.config import SweepConfig, TargetsConfig
 from neo_ray.loading import dump, load, plain, validate
 from neo_ray.settings import ConfigError, TrialConfig, trial_leaves
+from neo_ray.storage import Remote
 
 BASE = """
 name: demo
@@ -278,3 +279,16 @@ def test_the_facts_import_nothing_heavy() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_targets_may_be_in_an_object_store_of_a_kind_that_there_is() -> None:
+    section = TargetsConfig(path="s3://bucket/targets")
+    assert section.path == "s3://bucket/targets"
+    with pytest.raises(ValueError, match="nowhere://x is neither a folder nor the URL of an object store"):
+        TargetsConfig(path="nowhere://x")
+    config = SweepConfig.model_validate(
+        {"name": "x", "student": {"model": "y"}, "data": {"source": "z"}, "method": "lora", "targets": {"path": "s3://b/t"}}
+    )
+    assert isinstance(config.targets_folder, Remote)
+    apart = config.model_copy(update={"targets": TargetsConfig()})
+    assert apart.targets_folder == config.cache / "targets"

@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parent.parent / "neo_ray"
 ROOMS = {
     "facts": (
         "__init__ account assets axes cautions config environment inventory loading memory mistakes plan plan_text "
-        "records refusals settings shapes space storage supply trials "
+        "records refusals settings shapes space staging storage supply trials "
     ),
     "training": (
         "adapters alignment answers batches checkpoints chunked data devices evaluate filling local losses merging models parts "
@@ -26,7 +26,7 @@ ROOMS = {
     ),
     "analysis": "card statistics effects evidence guidelines report",
     "ray": "board builder cluster lease progress searcher slot tuner",
-    "doors": "analyze bench bench_loss bench_step bench_turns export sweep targets",
+    "doors": "analyze bench bench_loss bench_reader bench_step bench_turns export sweep targets",
 }
 ROOM = {module: room for room, modules in ROOMS.items() for module in modules.split()}
 FLOOR = {"facts": 0, "training": 1, "analysis": 1, "ray": 2, "doors": 3}
