@@ -10,7 +10,7 @@ from neo_ray.axes import show
 from neo_ray.config import SweepConfig
 from neo_ray.settings import trial_leaves
 from neo_ray.space import Space
-from neo_ray.trials import chosen_settings, overruling
+from neo_ray.trials import MODELLING, chosen_settings, overruling
 
 USED_BY = {
     "lora": ("lora", "neo"),
@@ -108,10 +108,24 @@ def _sampler(config: SweepConfig, space: Space) -> Iterator[str]:
         yield f"sampler.seeds is ignored: sampler.name is {sampler.name}, and only a grid repeats its settings"
     if sampler.num_trials and size is not None and size < sampler.num_trials:
         yield f"sampler.num_trials: {sampler.num_trials}, and the space holds {size} settings; some will be repeated"
-    if sampler.name == "tpe" and sampler.num_trials and sampler.num_trials <= sampler.startup_trials:
+    if sampler.name in MODELLING and sampler.num_trials and sampler.num_trials <= sampler.startup_trials:
         yield f"sampler: all {sampler.num_trials} trials are random ({sampler.startup_trials} startup_trials)"
-    if sampler.name != "tpe" and "startup_trials" in sampler.not_default:
+    if sampler.name in ("gp", "nsga2", "cmaes", "qmc"):
+        yield from _drawn_at_random(sampler.name, space)
+    if sampler.name in ("gp", "nsga2") and config.scheduler.name != "none":
+        yield f"sampler.name: {sampler.name} learns from complete trials alone, and scheduler {config.scheduler.name} stops many"
+    if sampler.name not in (*MODELLING, "nsga2") and "startup_trials" in sampler.not_default:
         yield f"sampler.startup_trials is ignored: sampler.name is {sampler.name}"
+
+
+def _drawn_at_random(sampler: str, space: Space) -> Iterator[str]:
+    """What a sampler of one fixed space cannot search."""
+    listed = [axis for axis in space.axes.values() if axis.sampled and not axis.when and axis.values and sampler == "cmaes"]
+    for axis in listed:
+        yield f"search.{axis.key} is drawn at random: {sampler} searches ranges, and `{axis.kind}` is a list"
+    for axis in space.axes.values():
+        if axis.sampled and axis.when:
+            yield f"search.{axis.key} is drawn at random: {sampler} searches axes that every trial has, and this one has a `when`"
 
 
 def _scheduler(config: SweepConfig, space: Space) -> Iterator[str]:
@@ -121,7 +135,10 @@ def _scheduler(config: SweepConfig, space: Space) -> Iterator[str]:
         if given:
             yield f"scheduler.{' and '.join(given)} is ignored: scheduler.name is none"
     elif not scheduler.rungs(points):
-        yield f"scheduler: asha can stop no trial: none of {points} evaluations is between grace {scheduler.grace:g} and the end"
+        where = f"none of {points} evaluations is between grace {scheduler.grace:g} and the end"
+        yield f"scheduler: {scheduler.name} can stop no trial: {where}"
+    elif scheduler.name == "median" and "reduction_factor" in scheduler.not_default:
+        yield "scheduler.reduction_factor is ignored: scheduler.name is median"
     if config.objective.mode == "max":
         yield f"objective.mode: max looks for the worst trial; a lower {config.objective.metric} is better"
 

@@ -104,33 +104,36 @@ class DataConfig(Section):
 
 
 class SamplerConfig(Section):
-    name: Literal["tpe", "random", "qmc", "grid"] = "tpe"
-    """How settings are proposed; `grid` runs every combination once and needs finite axes."""
+    name: Literal["tpe", "gp", "cmaes", "nsga2", "random", "qmc", "grid"] = "tpe"
+    """How settings are proposed. `grid` runs every combination once and needs finite axes; `cmaes` searches ranges alone (the
+    package cmaes), and draws the rest at random."""
     num_trials: int | None = Field(None, ge=1)
     """Number of trials; for `grid` at most this many of the combinations (null: all)."""
     startup_trials: int = Field(8, ge=1)
-    """Random trials before TPE begins to model."""
+    """Random trials before `tpe`, `gp` or `cmaes` begin to model; the size of a generation of `nsga2`."""
     seeds: tuple[int, ...] = ()
     """Repeat every setting with each of these seeds (grid only)."""
 
 
 class SchedulerConfig(Section):
-    name: Literal["asha", "none"] = "asha"
-    """`asha` stops the worse trials early; `none` runs all to the end (what laws are fitted on)."""
+    name: Literal["asha", "hyperband", "median", "none"] = "asha"
+    """`asha` stops the worse trials early; `hyperband` too, and spares a part of them until later rungs; `median` stops at any
+    evaluation what is worse than the median of the others; `none` runs all to the end (what laws are fitted on)."""
     grace: float = Field(0.25, gt=0, le=1)
     """Share of a trial's tokens before which none is stopped."""
     reduction_factor: float = Field(3, gt=1)
-    """At each rung about 1 / reduction_factor of the trials go on."""
+    """At each rung about 1 / reduction_factor of the trials go on (not `median`)."""
 
     def rungs(self, points: int) -> tuple[int, ...]:
-        """Evaluations (from 1) at which trials are stopped: the first after `grace`, then each `reduction_factor` times later.
+        """Evaluations (from 1) at which trials are stopped: the first after `grace`, then each `reduction_factor` times later;
+        with `median` each from there on.
 
         The last evaluation is none: a trial that reached it is complete.
         """
         found, rung = [], max(1, math.ceil(self.grace * points - 1e-9))
-        while self.name == "asha" and rung < points:
+        while self.name != "none" and rung < points:
             found.append(rung)
-            rung = math.ceil(rung * self.reduction_factor - 1e-9)
+            rung = rung + 1 if self.name == "median" else math.ceil(rung * self.reduction_factor - 1e-9)
         return tuple(found)
 
 

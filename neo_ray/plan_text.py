@@ -7,7 +7,7 @@ from neo_ray.memory import adapter_parameters
 from neo_ray.plan import Plan, ends, size_text
 from neo_ray.shapes import ModelShape
 from neo_ray.supply import row_bytes
-from neo_ray.trials import fixed_settings
+from neo_ray.trials import MODELLING, fixed_settings
 
 
 def render(plan: Plan) -> str:
@@ -83,7 +83,7 @@ def _sampler(plan: Plan) -> str:
         return "every combination once" + (
             f" with each of the seeds {', '.join(map(str, sampler.seeds))}" if sampler.seeds else ""
         )
-    start = f" after {min(sampler.startup_trials, plan.num_trials)} random ones" if sampler.name == "tpe" else ""
+    start = f" after {min(sampler.startup_trials, plan.num_trials)} random ones" if sampler.name in MODELLING else ""
     return f"proposed by {sampler.name}{start}"
 
 
@@ -93,6 +93,10 @@ def _scheduler(plan: Plan) -> str:
         return "none: every trial runs to its end"
     rungs = [f"{rung / points:.0%}" for rung in scheduler.rungs(points)]
     kept = f"about 1 in {scheduler.reduction_factor:g} goes on"
+    if scheduler.name == "median":
+        kept = "the better half goes on"
+    elif scheduler.name == "hyperband":
+        kept = f"{kept} or, in later brackets, all go on"
     return f"{scheduler.name}: {kept} at {', '.join(rungs) or 'no rung before the end'}{' of its tokens' if rungs else ''}"
 
 

@@ -78,6 +78,11 @@ def _quantization(config: SweepConfig, trial: TrialConfig) -> Iterator[str]:
 
 def check_installed(config: SweepConfig) -> None:
     """What a sweep needs where it runs; its records are read anywhere. Raises ConfigError."""
+    if config.sampler.name == "cmaes" and importlib.util.find_spec("cmaes") is None:
+        raise ConfigError(
+            "sampler.name: cmaes needs the package cmaes, which is not installed; "
+            "pip install -c constraints.txt -e '.[cmaes]', or tpe, gp, nsga2"
+        )
     for side, section in (("student", config.student), ("teacher", config.teacher)):
         if section is not None and section.quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""Which setting is tried next, and which trial is stopped? Optuna and ASHA as Ray Tune runs them, rebuilt from the records."""
+"""Which setting is tried next? Optuna's samplers as Ray Tune asks them, their study rebuilt from the records."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import optuna
-from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
@@ -89,59 +87,6 @@ class StudySearch(OptunaSearch):
         Path(checkpoint_path).write_text("")
 
 
-class Asha(ASHAScheduler):
-    """ASHA over evaluation rungs, keyed by neo_ray's trial ids, so that a resumed trial meets its own history.
-
-    The last evaluation is no rung: a trial that reached it is complete.
-    """
-
-    def __init__(self, config: SweepConfig) -> None:
-        self.rungs = config.scheduler.rungs(config.evaluation.points)
-        super().__init__(
-            time_attr="rung",
-            max_t=config.evaluation.points + 1,
-            reduction_factor=config.scheduler.reduction_factor,
-            metric=config.objective.metric,
-            mode=config.objective.mode,
-            stop_last_trials=False,  # else a value that is known at its rung is counted at a lower one, too
-        )
-        for bracket in self._brackets:
-            bracket._rungs = [(rung, {}) for rung in reversed(self.rungs)]
-
-    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
-        return True
-
-    def replay(self, records: list[TrialRecord]) -> None:
-        """Fill the rungs with what trials reported before an interruption."""
-        for record in records:
-            stub = SimpleNamespace(trial_id=record.id, config={"trial": record.id})
-            super().on_trial_add(None, stub)  # type: ignore[arg-type]
-            for row in record.curve:
-                if row["rung"] in self.rungs and row.get(str(self._metric)) is not None:
-                    super().on_trial_result(None, stub, row)  # type: ignore[arg-type]
-
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        super().on_trial_add(tune_controller, _as_ours(trial))
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        if result.get("rung") not in self.rungs or result.get(str(self._metric)) is None:
-            return self.CONTINUE  # a large batch may step over a rung: its later value is no match for the others'
-        return super().on_trial_result(tune_controller, _as_ours(trial), result)
-
-    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        self._trial_info.pop(trial.config["trial"], None)
-
-    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
-        self._trial_info.pop(trial.config["trial"], None)
-
-    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        self._trial_info.pop(trial.config["trial"], None)
-
-
-def _as_ours(trial: Any) -> Any:
-    return SimpleNamespace(trial_id=trial.config["trial"], config=trial.config)
-
-
 def study_state(state: str, cause: str | None, value: float | None) -> optuna.trial.TrialState:
     """Optuna's word for a trial's end."""
     if state == "COMPLETE" and value is not None and math.isfinite(value):
@@ -159,24 +104,76 @@ def open_study(config: SweepConfig, space: Space, records: list[TrialRecord]) ->
     if config.name in optuna.get_all_study_names(storage=storage):
         optuna.delete_study(study_name=config.name, storage=storage)
     direction = optuna.study.StudyDirection.MINIMIZE if config.objective.mode == "min" else optuna.study.StudyDirection.MAXIMIZE
+    past = [_frozen(config, space, record) for record in records if record.finished]
     study = optuna.create_study(
-        study_name=config.name, storage=storage, sampler=_sampler(config, len(records)), direction=direction
+        study_name=config.name, storage=storage, sampler=make_sampler(config, past, len(records)), direction=direction
     )
-    study.add_trials([_frozen(config, space, record) for record in records if record.finished])
+    study.add_trials(past)
     return study
 
 
-def _sampler(config: SweepConfig, past: int) -> optuna.samplers.BaseSampler:
-    seed = config.seed + 10_007 * past  # a reopened study with the same seed would repeat its first points
-    if config.sampler.name == "qmc":
-        return optuna.samplers.QMCSampler(seed=config.seed, scramble=True)
-    if config.sampler.name in ("random", "grid"):
+def make_sampler(config: SweepConfig, past: list[optuna.trial.FrozenTrial], begun: int) -> optuna.samplers.BaseSampler:
+    """The sampler by name, going on after what is in the study.
+
+    Args:
+        past: the trials that the study begins with.
+        begun: how many trials were proposed before; a reopened study with the same seed would repeat its first points.
+    """
+    name, start, seed = config.sampler.name, config.sampler.startup_trials, config.seed + 10_007 * begun
+    if name == "qmc":
+        return _Sequence(config.seed, begun)
+    if name in ("random", "grid"):
         return optuna.samplers.RandomSampler(seed=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return optuna.samplers.TPESampler(
-            seed=seed, n_startup_trials=config.sampler.startup_trials, multivariate=True, group=True, constant_liar=True
-        )
+        if name == "gp":
+            return optuna.samplers.GPSampler(seed=seed, n_startup_trials=start)
+        if name == "nsga2":
+            sampler = optuna.samplers.NSGAIISampler(seed=seed, population_size=max(2, start))
+            complete = [trial for trial in past if trial.state == optuna.trial.TrialState.COMPLETE]
+            for index, trial in enumerate(complete):  # what Optuna notes on each trial, and the records do not hold
+                trial.system_attrs[sampler._get_generation_key()] = index // max(2, start)
+            return sampler
+        if name == "cmaes":
+            return optuna.samplers.CmaEsSampler(
+                seed=seed,
+                n_startup_trials=start,
+                consider_pruned_trials=True,
+                warn_independent_sampling=False,
+                source_trials=_ranges_of(past) if len(past) >= start else None,
+            )
+        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=start, multivariate=True, group=True, constant_liar=True)
+
+
+def _ranges_of(past: list[optuna.trial.FrozenTrial]) -> list[optuna.trial.FrozenTrial] | None:
+    """What CMA-ES takes of earlier trials, whose state is lost: it begins again where the best of them are."""
+    complete = [trial for trial in past if trial.state == optuna.trial.TrialState.COMPLETE]
+    common = {
+        name: kind
+        for name, kind in (complete[0].distributions if complete else {}).items()
+        if not isinstance(kind, optuna.distributions.CategoricalDistribution)
+        and not kind.single()
+        and all(trial.distributions.get(name) == kind for trial in complete)
+    }
+    if not common:
+        return None
+    return [
+        optuna.trial.create_trial(value=trial.value, params={n: trial.params[n] for n in common}, distributions=common)
+        for trial in complete
+    ]
+
+
+class _Sequence(optuna.samplers.QMCSampler):
+    """Sobol points, going on after those that were drawn before: the study that counted them is made anew at each start."""
+
+    def __init__(self, seed: int, begun: int) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            super().__init__(seed=seed, scramble=True, warn_independent_sampling=False)
+        self.begun = begun
+
+    def _find_sample_id(self, study: optuna.Study, search_space: dict[str, Any]) -> int:
+        return self.begun + super()._find_sample_id(study, search_space)
 
 
 def _frozen(config: SweepConfig, space: Space, record: TrialRecord) -> optuna.trial.FrozenTrial:

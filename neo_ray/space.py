@@ -194,7 +194,7 @@ class Space:
             if axis.continuous:
                 raise ConfigError(
                     f"search.{axis.key}: {who} needs finite axes, and `{axis.kind}` has endless values; "
-                    "use grid or quantised, or another sampler.name (tpe, random, qmc)"
+                    "use grid or quantised, or another sampler.name (tpe, gp, cmaes, nsga2, random, qmc)"
                 )
 
     def _computed(self, axis: SpaceAxis, params: dict[str, Any]) -> Any:
@@ -337,6 +337,11 @@ def _check_sweep(config: SweepConfig, space: Space) -> None:
         raise ConfigError(f"search.{lengths[0]}: a trial has one length, and {' and '.join(lengths)} are axes")
     if config.sampler.name == "grid":
         space.require_finite("a grid sweep")
+    if config.sampler.name == "cmaes" and not any(a.sampled and not a.values and not a.when for a in space.axes.values()):
+        raise ConfigError(
+            "sampler.name: cmaes searches ranges (uniform, log_uniform, int_uniform, quantised) that every trial has, and there "
+            "is none; use tpe, gp, nsga2, random, qmc or grid"
+        )
     if space.setters("seed") and config.sampler.seeds:
         raise ConfigError("sampler.seeds: `seed` is an axis already; give one of the two")
     if len(set(config.sampler.seeds)) < len(config.sampler.seeds):

@@ -12,6 +12,8 @@ from neo_ray.settings import TrialConfig
 from neo_ray.space import LENGTHS, Space, build_space
 
 DEFAULT_TRIALS = 16
+MODELLING = ("tpe", "gp", "cmaes")
+"""Samplers that begin with random trials and then go by what was found."""
 IDENTITY = (
     "teacher",
     "student",

@@ -22,7 +22,8 @@ from neo_ray.loading import plain
 from neo_ray.parts import Sources
 from neo_ray.progress import Progress
 from neo_ray.records import Journal, TrialRecord, apply, write_records
-from neo_ray.searcher import Asha, StudySearch, open_study
+from neo_ray.schedulers import make_scheduler
+from neo_ray.searcher import StudySearch, open_study
 from neo_ray.settings import TrialConfig
 from neo_ray.slot import NAMESPACE, SlotJob, SlotRunner
 from neo_ray.space import Space
@@ -118,10 +119,6 @@ def _fit(
     numbers = iter(range(len(records), 10**6))
     study = open_study(config, space, records)
     search = StudySearch(config, space, study, given, lambda: trial_id(next(numbers)), recorder.started)
-    scheduler = None
-    if config.scheduler.name == "asha":
-        scheduler = Asha(config)
-        scheduler.replay(records)
     tuner = tune.Tuner(
         tune.with_resources(Relay, HEAD),
         param_space={"board": board},
@@ -129,7 +126,7 @@ def _fit(
             num_samples=remaining,
             max_concurrent_trials=slots,
             search_alg=search,
-            scheduler=scheduler,
+            scheduler=make_scheduler(config, records),
             reuse_actors=True,
             trial_dirname_creator=lambda trial: f"{trial.config['trial']}-{trial.trial_id}",
         ),
@@ -215,7 +212,9 @@ class _Recorder(threading.Thread):
         self.open: set[str] = set()
         self.ending = self.closing = False
         self.failed: str | None = None
-        self.phase = "exploit" if config.sampler.name == "tpe" or config.scheduler.name != "none" else "map"
+        self.phase = (
+            "exploit" if config.sampler.name not in ("grid", "qmc", "random") or config.scheduler.name != "none" else "map"
+        )
 
     def started(self, trial: str, params: dict[str, Any], seed: int) -> None:
         """The searcher proposed a trial: it exists from now on. A resumed one begins another attempt."""

@@ -1,0 +1,110 @@
+"""Does every sampler go on where it was, over any space? Each asked through the study that the records rebuild."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from planted import sweep
+
+from neo_ray import refusals
+from neo_ray.cautions import cautions
+from neo_ray.config import SweepConfig
+from neo_ray.records import TrialRecord
+from neo_ray.searcher import open_study
+from neo_ray.settings import ConfigError
+from neo_ray.space import build_space
+
+SEARCH = {
+    "rank": {"choice": [4, 8, 16]},
+    "learning_rate": {"log_uniform": [1e-4, 1e-2]},
+    "dropout": {"uniform": [0.0, 0.2]},
+    "kd_ratio": {"choice": [0.25, 0.75], "when": {"rank": [8, 16]}},
+}
+Params = dict[str, Any]
+
+
+def config(folder: Path, name: str, **sampler: Any) -> SweepConfig:
+    storage = {"path": str(folder)}
+    return sweep(search=SEARCH, sampler={"name": name, "startup_trials": 4, **sampler}, storage=storage)
+
+
+def value(params: Params) -> float:
+    """Best at the lowest dropout."""
+    return 4 + 5 * params["dropout"]
+
+
+def run(config: SweepConfig, records: list[TrialRecord], count: int) -> list[TrialRecord]:
+    """The records after `count` more trials, proposed by the sampler and completed one after another."""
+    space = build_space(config)
+    study, records = open_study(config, space, records), list(records)
+    for _ in range(count):
+        asked = study.ask()
+        params = space.define(asked)
+        study.tell(asked, value(params))
+        records.append(
+            TrialRecord(id=f"{len(records):04d}", state="COMPLETE", params=params, metrics={"select_ce": value(params)})
+        )
+    return records
+
+
+@pytest.mark.parametrize("name", ["tpe", "gp", "cmaes", "nsga2", "random", "qmc"])
+def test_a_sampler_proposes_settings_of_the_space_and_new_ones_after_a_resume(tmp_path: Path, name: str) -> None:
+    first = run(config(tmp_path, name), [], 10)
+    both = run(config(tmp_path, name), first, 6)
+    assert all(("kd_ratio" in r.params) == (r.params["rank"] != 4) for r in both)
+    repeated = 16 - len({repr(r.params) for r in both})
+    assert repeated == 0 or (name == "nsga2" and repeated < 8), "only a child without a mutation is its parent again"
+
+
+@pytest.mark.parametrize("name", ["tpe", "gp", "cmaes"])
+def test_a_resumed_sampler_knows_what_was_found(tmp_path: Path, name: str) -> None:
+    """Not one random trial more: half of those would lie above 0.1."""
+    found = run(config(tmp_path, "qmc"), [], 24)
+    later = [r.params["dropout"] for r in run(config(tmp_path, name), found, 6)[24:]]
+    assert sum(later) / 6 < 0.07
+
+
+def test_nsga2_goes_on_with_its_generation(tmp_path: Path) -> None:
+    past = run(config(tmp_path, "nsga2"), [], 9)
+    study = open_study(config(tmp_path, "nsga2"), build_space(config(tmp_path, "nsga2")), past)
+    key = "NSGAIISampler:generation"
+    assert [t.system_attrs[key] for t in study.trials] == [0] * 4 + [1] * 4 + [2]
+    build_space(config(tmp_path, "nsga2")).define(study.ask())
+    assert study.trials[-1].system_attrs[key] == 2
+
+
+def test_a_sequence_goes_on_after_an_interruption_as_without_one(tmp_path: Path) -> None:
+    """Sobol points are spread evenly only as one sequence."""
+    whole = {r.params["learning_rate"] for r in run(config(tmp_path, "qmc"), [], 12)}
+    halves = {r.params["learning_rate"] for r in run(config(tmp_path, "qmc"), run(config(tmp_path, "qmc"), [], 6), 6)}
+    assert len(whole & halves) >= 11, "but for the point that the first, random trial stands for"
+
+
+def test_what_a_sampler_cannot_search_is_said_or_refused(tmp_path: Path) -> None:
+    notes = "\n".join(cautions(config(tmp_path, "cmaes"), build_space(config(tmp_path, "cmaes"))))
+    assert "search.rank is drawn at random: cmaes searches ranges, and `choice` is a list" in notes
+    assert "search.kd_ratio is drawn at random: cmaes searches axes that every trial has" in notes
+    assert "search.dropout is drawn" not in notes
+    assert "gp learns from complete trials alone" in "\n".join(
+        cautions(config(tmp_path, "gp"), build_space(config(tmp_path, "gp")))
+    )
+    with pytest.raises(ConfigError, match=r"sampler\.name: cmaes searches ranges"):
+        build_space(sweep(search={"rank": {"choice": [4, 8]}}, sampler={"name": "cmaes"}))
+
+
+def test_a_missing_package_is_refused_with_the_line_that_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refusals.check_installed(config(tmp_path, "cmaes"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"cmaes, which is not installed; pip install .*\[cmaes\]"):
+        refusals.check_installed(config(tmp_path, "cmaes"))
+
+
+def test_the_samplers_are_optunas(tmp_path: Path) -> None:
+    kinds = {
+        name: type(open_study(config(tmp_path, name), build_space(config(tmp_path, name)), []).sampler)
+        for name in ("gp", "cmaes")
+    }
+    assert kinds == {"gp": optuna.samplers.GPSampler, "cmaes": optuna.samplers.CmaEsSampler}
