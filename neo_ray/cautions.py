@@ -11,6 +11,7 @@ from neo_ray.config import SweepConfig
 from neo_ray.settings import trial_leaves
 from neo_ray.space import Space
 from neo_ray.trials import MODELLING, chosen_settings, overruling
+from neo_ray.warm import LEARNING
 
 USED_BY = {
     "lora": ("lora", "neo"),
@@ -110,6 +111,8 @@ def _sampler(config: SweepConfig, space: Space) -> Iterator[str]:
         yield f"sampler.num_trials: {sampler.num_trials}, and the space holds {size} settings; some will be repeated"
     if sampler.name in MODELLING and sampler.num_trials and sampler.num_trials <= sampler.startup_trials:
         yield f"sampler: all {sampler.num_trials} trials are random ({sampler.startup_trials} startup_trials)"
+    if sampler.warm_start and sampler.name not in LEARNING:
+        yield f"sampler.warm_start is ignored: {sampler.name} goes by no earlier trials"
     if sampler.name in ("gp", "nsga2", "cmaes", "qmc"):
         yield from _drawn_at_random(sampler.name, space)
     if sampler.name in ("gp", "nsga2") and config.scheduler.name != "none":

@@ -113,6 +113,11 @@ class SamplerConfig(Section):
     """Random trials before `tpe`, `gp` or `cmaes` begin to model; the size of a generation of `nsga2`."""
     seeds: tuple[int, ...] = ()
     """Repeat every setting with each of these seeds (grid only)."""
+    warm_start: tuple[str, ...] = ()
+    """Results folders of earlier sweeps: what `tpe`, `gp`, `cmaes` and `nsga2` already know. They count as no trials of this one,
+    and those that are outside its space or have other settings are left out."""
+    warm_start_anyway: bool = False
+    """Take them also of other models, data or settings."""
 
 
 class SchedulerConfig(Section):
@@ -301,6 +306,8 @@ class SweepConfig(TrialConfig):
     data: DataConfig
     search: dict[str, Axis] = Field(default={})
     """Axis name → axis. A name is a leaf of the trial config (`rank`), its path (`lora.rank`), or a word where it `sets` one."""
+    points: tuple[dict[str, Any], ...] = ()
+    """Settings to try first, each axis → value; an axis that is left out has the sweep file's own value."""
     sampler: SamplerConfig = SamplerConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     resources: ResourcesConfig = ResourcesConfig()

@@ -18,6 +18,7 @@ from neo_ray.loading import plain
 from neo_ray.records import TrialRecord
 from neo_ray.space import Space
 from neo_ray.trials import Setting
+from neo_ray.warm import warm_trials
 
 
 class StudySearch(OptunaSearch):
@@ -105,6 +106,8 @@ def open_study(config: SweepConfig, space: Space, records: list[TrialRecord]) ->
         optuna.delete_study(study_name=config.name, storage=storage)
     direction = optuna.study.StudyDirection.MINIMIZE if config.objective.mode == "min" else optuna.study.StudyDirection.MAXIMIZE
     past = [_frozen(config, space, record) for record in records if record.finished]
+    for warm in warm_trials(config, space):
+        past += [_frozen(config, space, record, f"{warm.path}/{record.id}") for record in warm.records]
     study = optuna.create_study(
         study_name=config.name, storage=storage, sampler=make_sampler(config, past, len(records)), direction=direction
     )
@@ -176,7 +179,7 @@ class _Sequence(optuna.samplers.QMCSampler):
         return self.begun + super()._find_sample_id(study, search_space)
 
 
-def _frozen(config: SweepConfig, space: Space, record: TrialRecord) -> optuna.trial.FrozenTrial:
+def _frozen(config: SweepConfig, space: Space, record: TrialRecord, name: str | None = None) -> optuna.trial.FrozenTrial:
     metric = config.objective.metric
     value = record.metrics.get(metric)
     state = study_state(record.state, record.cause, value)
@@ -187,5 +190,5 @@ def _frozen(config: SweepConfig, space: Space, record: TrialRecord) -> optuna.tr
         params=space.optuna_params(record.params),
         distributions=space.distributions(record.params),
         intermediate_values=curve,
-        user_attrs={"trial": record.id},
+        user_attrs={"trial": name or record.id},
     )

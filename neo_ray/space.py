@@ -8,13 +8,13 @@ rate for each method) where their conditions exclude each other.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import ValidationError
 
-from neo_ray import refusals
+from neo_ray import points, refusals
 from neo_ray.axes import SpaceAxis, as_leaf, check_axis, leaf_value, number_type, short_name, show
 from neo_ray.config import SweepConfig
 from neo_ray.loading import plain
@@ -99,10 +99,14 @@ class Space:
 
     def define(self, trial: Any) -> dict[str, Any]:
         """One setting, define-by-run: axis → value of every active axis, asking `trial` for the sampled ones."""
+        return self.setting(lambda axis: axis.suggest(trial))
+
+    def setting(self, value_of: Callable[[SpaceAxis], Any]) -> dict[str, Any]:
+        """Axis → value of every active axis, asking `value_of` for each that has a choice."""
         params: dict[str, Any] = {}
         for name, axis in self.axes.items():
             if self.active(axis, params):
-                params[name] = axis.suggest(trial) if axis.sampled else self._computed(axis, params)
+                params[name] = value_of(axis) if axis.sampled else self._computed(axis, params)
         return params
 
     def grid(self) -> list[dict[str, Any]]:
@@ -332,6 +336,7 @@ def _common(values: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
 
 
 def _check_sweep(config: SweepConfig, space: Space) -> None:
+    points.point_settings(config, space)
     lengths = [name for name in LENGTHS if any(not axis.when for axis in space.setters(name))]
     if len(lengths) > 1:
         raise ConfigError(f"search.{lengths[0]}: a trial has one length, and {' and '.join(lengths)} are axes")

@@ -26,6 +26,7 @@ from neo_ray.settings import ConfigError
 from neo_ray.space import Space, build_space
 from neo_ray.supply import Supply, choose
 from neo_ray.trials import differences, retried, settings_to_run, trials_planned
+from neo_ray.warm import check_same_models, warm_trials
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         config = loading.load(asked.file, asked.overrides)
         if asked.dry_run:
             print(render(make_plan(config, overrides=asked.overrides)))
-            for check in (lambda _: _check_same_sweep(config, asked.fresh), _check_accelerator, *local.CHECKS):
+            for check in (lambda _: _check_same_sweep(config, asked.fresh), _check_accelerator, _check_earlier, *local.CHECKS):
                 try:
                     check(config)
                 except ConfigError as error:
@@ -77,6 +78,7 @@ def run(config: SweepConfig, space: Space, fresh: bool = False, retry_failed: bo
     for check in local.CHECKS:
         check(config)
     choose(config, space)
+    _check_earlier(config)
     refuse_if_held(config.folder)
     announce(f"sweep {config.name}: preparing")
     _quiet()
@@ -86,6 +88,9 @@ def run(config: SweepConfig, space: Space, fresh: bool = False, retry_failed: bo
     supply, identity = supply_of(config, sources), identities(config, sources)
     if not fresh:
         check_same_sources(config.folder, identity, "take another name, or --fresh to put that sweep aside")
+    check_same_models(config, identity)
+    for warm in warm_trials(config, space):
+        announce(warm.text)
     records = [] if fresh else retried(fold(Journal(config.folder).events()), retry_failed)
     code = 0
     if settings_to_run(config, space, records)[1]:
@@ -205,6 +210,11 @@ def _check_accelerator(config: SweepConfig) -> None:
             f"resources.gpus_per_worker: {config.resources.gpus_per_worker:g} asked for, and this machine has no GPU; "
             "on a cluster's head give resources.address=auto, from outside use `ray exec cluster.yaml …`"
         )
+
+
+def _check_earlier(config: SweepConfig) -> None:
+    """A path of `sampler.warm_start` without records."""
+    warm_trials(config, build_space(config))
 
 
 def _set_aside(folder: Path) -> None:

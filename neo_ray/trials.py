@@ -7,6 +7,7 @@ from typing import Any
 from neo_ray.axes import SpaceAxis, show
 from neo_ray.config import SweepConfig
 from neo_ray.loading import plain
+from neo_ray.points import point_settings
 from neo_ray.records import REOPENED, TrialRecord
 from neo_ray.settings import TrialConfig
 from neo_ray.space import LENGTHS, Space, build_space
@@ -51,15 +52,23 @@ Setting = tuple[str, dict[str, Any], int]
 
 
 def settings_to_run(config: SweepConfig, space: Space, records: list[TrialRecord]) -> tuple[list[Setting], int]:
-    """Settings that are given rather than proposed (interrupted trials first, then a grid's rest), and how many trials remain."""
+    """Settings that are given, not proposed (interrupted trials, then points or a grid's rest), and how many trials remain."""
     planned = trials_planned(config, space)
     interrupted = [(r.id, r.params, r.seed) for r in records if not r.finished]
-    if config.sampler.name != "grid":
-        return interrupted, max(len(interrupted), planned - sum(r.finished for r in records))
     known = {_key(r.params, r.seed) for r in records}
-    fresh = [(p, s) for p, s in grid_settings(config, space)[:planned] if _key(p, s) not in known]
+    grid = config.sampler.name == "grid"
+    wanted = grid_settings(config, space)[:planned] if grid else _first_settings(config, space)
+    fresh = [(p, s) for p, s in wanted if _key(p, s) not in known]
     numbered = [(trial_id(len(records) + i), p, s) for i, (p, s) in enumerate(fresh)]
-    return interrupted + numbered, len(interrupted) + len(numbered)
+    if grid:
+        return interrupted + numbered, len(interrupted) + len(numbered)
+    remaining = max(len(interrupted), planned - sum(r.finished for r in records))
+    return (interrupted + numbered)[:remaining], remaining
+
+
+def _first_settings(config: SweepConfig, space: Space) -> list[tuple[dict[str, Any], int]]:
+    """The (params, seed) of the sweep's points."""
+    return [(params, space.seed(params, config.seed)) for params in point_settings(config, space)]
 
 
 def retried(records: list[TrialRecord], failed_too: bool) -> list[TrialRecord]:

@@ -116,7 +116,8 @@ def _fit(
     slots: int,
     recorder: _Recorder,
 ) -> None:
-    numbers = iter(range(len(records), 10**6))
+    resumed = {record.id for record in records}
+    numbers = iter(range(len(records) + sum(trial not in resumed for trial, _, _ in given), 10**6))
     study = open_study(config, space, records)
     search = StudySearch(config, space, study, given, lambda: trial_id(next(numbers)), recorder.started)
     tuner = tune.Tuner(
