@@ -231,6 +231,15 @@ class StorageConfig(Section):
     scratch: str | None = None
     """A folder on each node's own disk for copies of what object stores hold; variables (`$TMPDIR/x`) are the node's. null: under
     the system's folder for temporary files."""
+    study: str | None = None
+    """Database URL of the Optuna study (`postgresql://host/studies`), for optuna-dashboard; null is `study.db` in the results."""
+
+    @field_validator("study")
+    @classmethod
+    def _a_database(cls, value: str | None) -> str | None:
+        if value is not None and not re.match(r"[a-z][a-z0-9+]*://", value):
+            raise ValueError("must be a database URL, e.g. postgresql://host/studies or sqlite:////shared/study.db")
+        return value
 
     @field_validator("path", "cache")
     @classmethod

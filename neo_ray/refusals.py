@@ -83,9 +83,29 @@ def check_installed(config: SweepConfig) -> None:
             "sampler.name: cmaes needs the package cmaes, which is not installed; "
             "pip install -c constraints.txt -e '.[cmaes]', or tpe, gp, nsga2"
         )
+    if config.storage.study is not None:
+        _check_database(config.storage.study)
     for side, section in (("student", config.student), ("teacher", config.teacher)):
         if section is not None and section.quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
             raise ConfigError(
                 f"{side}.quantization: {section.quantization} needs bitsandbytes, which is not installed; "
                 "pip install 'neo_ray[quantization]', or none"
             )
+
+
+def _check_database(url: str) -> None:
+    import sqlalchemy
+
+    try:
+        if sqlalchemy.make_url(url).password is not None:
+            raise ConfigError(
+                "storage.study: the URL holds a password, which sweep.yaml would show; "
+                "leave it to the database's own means, e.g. ~/.pgpass"
+            )
+        sqlalchemy.create_engine(url)  # imports the driver, and connects to nothing
+    except ImportError as error:
+        raise ConfigError(
+            f"storage.study: {url} needs the package {error.name}, which is not installed; pip install it"
+        ) from None
+    except sqlalchemy.exc.ArgumentError as error:
+        raise ConfigError(f"storage.study: {url} is no database URL ({error})") from None

@@ -98,19 +98,13 @@ def study_state(state: str, cause: str | None, value: float | None) -> optuna.tr
 
 
 def open_study(config: SweepConfig, space: Space, records: list[TrialRecord]) -> optuna.Study:
-    """The study in `<results>/study.db`, made anew from the finished records: Optuna sees what happened, no more and no less."""
+    """The study, in memory, made anew from the finished records: Optuna sees what happened, no more and no less."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    config.folder.mkdir(parents=True, exist_ok=True)
-    storage = f"sqlite:///{(config.folder / 'study.db').resolve()}"
-    if config.name in optuna.get_all_study_names(storage=storage):
-        optuna.delete_study(study_name=config.name, storage=storage)
     direction = optuna.study.StudyDirection.MINIMIZE if config.objective.mode == "min" else optuna.study.StudyDirection.MAXIMIZE
     past = [_frozen(config, space, record) for record in records if record.finished]
     for warm in warm_trials(config, space):
         past += [_frozen(config, space, record, f"{warm.path}/{record.id}") for record in warm.records]
-    study = optuna.create_study(
-        study_name=config.name, storage=storage, sampler=make_sampler(config, past, len(records)), direction=direction
-    )
+    study = optuna.create_study(study_name=config.name, sampler=make_sampler(config, past, len(records)), direction=direction)
     study.add_trials(past)
     return study
 

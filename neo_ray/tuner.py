@@ -19,6 +19,7 @@ from neo_ray.board import Board
 from neo_ray.cluster import HEAD
 from neo_ray.config import SweepConfig
 from neo_ray.loading import plain
+from neo_ray.mirror import Mirror
 from neo_ray.parts import Sources
 from neo_ray.progress import Progress
 from neo_ray.records import Journal, TrialRecord, apply, write_records
@@ -138,9 +139,14 @@ def _fit(
             callbacks=[_TellBoard(board)],
         ),
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        tuner.fit()
+    mirror = Mirror(config, study, recorder.progress.say)
+    mirror.start()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tuner.fit()
+    finally:
+        mirror.close()
 
 
 class Relay(tune.Trainable):

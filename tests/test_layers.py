@@ -25,7 +25,7 @@ ROOMS = {
         "placement prepare pruning quickstart scaling sources stores student teaching train"
     ),
     "analysis": "card statistics effects evidence guidelines report",
-    "ray": "board builder cluster lease progress schedulers searcher slot tuner",
+    "ray": "board builder cluster lease mirror progress schedulers searcher slot tuner",
     "doors": "analyze bench bench_loss bench_reader bench_step bench_turns export sweep targets",
 }
 ROOM = {module: room for room, modules in ROOMS.items() for module in modules.split()}

@@ -1,0 +1,132 @@
+"""How does the study get into a database that optuna-dashboard opens while the sweep runs? A copy, written in the background.
+
+The sampler asks a study in memory, and the journal is what a sweep goes on from: a database that is locked, slow or gone delays
+nothing and loses nothing. It is tried again, and then catches up.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import optuna
+
+from neo_ray.config import SweepConfig
+
+SECONDS_BETWEEN = 1.0
+MAX_SECONDS_BETWEEN = 30.0  # while it fails
+SQLITE_SECONDS = 5.0  # that SQLite waits for another's lock
+SECONDS_TO_CATCH_UP = 15.0  # at the end
+
+
+def study_url(config: SweepConfig) -> str:
+    """The database of a sweep's study."""
+    return config.storage.study or f"sqlite:///{(config.folder / 'study.db').resolve()}"
+
+
+class Mirror(threading.Thread):
+    """Keeps the database like the study: trials as they begin (RUNNING), report and end."""
+
+    def __init__(self, config: SweepConfig, study: optuna.Study, say: Callable[[str], None]) -> None:
+        super().__init__(daemon=True, name="study")
+        self.config, self.study, self.say = config, study, say
+        self.closing = threading.Event()
+        self.storage: optuna.storages.RDBStorage | None = None
+        self.copies: dict[int, optuna.trial.FrozenTrial] = {}
+        """Trial number → what the database holds of it; its `_trial_id` is the database's."""
+        self.behind = False
+
+    def run(self) -> None:
+        pause = SECONDS_BETWEEN
+        while not self.closing.wait(pause):
+            pause = SECONDS_BETWEEN if self._try() else min(2 * pause, MAX_SECONDS_BETWEEN)
+
+    def close(self) -> None:
+        """The last state, if the database takes it."""
+        self.closing.set()
+        self.join(SECONDS_TO_CATCH_UP)
+        if not self.is_alive() and not self._try():
+            self.say("the study's database misses the last trials; the records have them all")
+
+    def _try(self) -> bool:
+        try:
+            self.follow()
+        except Exception as error:  # whatever a database can raise: no trial depends on it
+            logging.getLogger("neo_ray").warning("the study's database: %s", error)
+            if not self.behind:
+                reason = str(error.__cause__ or error).splitlines()[0]
+                self.say(f"the study's database cannot be written ({reason}); the sweep goes on, and tries it again")
+            self.behind = True
+            return False
+        self.behind = False
+        return True
+
+    def follow(self) -> None:
+        """Bring the database up to date. Raises what it raises; the next call goes on from there."""
+        storage = self.storage or self._open()
+        for trial in self.study.get_trials(deepcopy=False):
+            copy = self.copies.get(trial.number)
+            if copy is None:
+                trial_id = storage.create_new_trial(self.study_id, _without_notes(trial))
+                self.copies[trial.number] = storage.get_trial(trial_id)
+            elif not copy.state.is_finished() and (copy.state, copy.intermediate_values, copy.params, copy.user_attrs) != (
+                trial.state,
+                trial.intermediate_values,
+                trial.params,
+                trial.user_attrs,
+            ):
+                self._update(storage, copy, trial)
+                self.copies[trial.number] = storage.get_trial(copy._trial_id)
+
+    def _open(self) -> optuna.storages.RDBStorage:
+        """A database with an empty study of this sweep: one of an earlier start is made anew, as the study itself is."""
+        url = study_url(self.config)
+        own = {"connect_args": {"timeout": SQLITE_SECONDS}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+        storage = optuna.storages.RDBStorage(url, engine_kwargs=own)
+        results, name = str(self.config.folder.resolve()), self.config.name
+        for study in storage.get_all_studies():
+            ours = study.user_attrs.get("results", results) == results
+            if study.study_name == name and not ours:
+                name = f"{name} ({results})"  # another sweep of this name, in the same database
+        for study in storage.get_all_studies():
+            if study.study_name == name:
+                storage.delete_study(study._study_id)
+        self.study_id, self.copies = storage.create_new_study(self.study.directions, name), {}
+        storage.set_study_user_attr(self.study_id, "results", results)
+        self.storage = storage
+        return storage
+
+    def _update(self, storage: Any, copy: optuna.trial.FrozenTrial, trial: optuna.trial.FrozenTrial) -> None:
+        ours = copy._trial_id
+        for name, value in trial.params.items():
+            if name not in copy.params:
+                kind = trial.distributions[name]
+                storage.set_trial_param(ours, name, kind.to_internal_repr(value), kind)
+        for name, value in trial.user_attrs.items():
+            if copy.user_attrs.get(name) != value:
+                storage.set_trial_user_attr(ours, name, value)
+        for step, value in trial.intermediate_values.items():
+            if step not in copy.intermediate_values:
+                storage.set_trial_intermediate_value(ours, step, value)
+        if trial.state.is_finished():
+            storage.set_trial_state_values(ours, trial.state, trial.values)
+
+
+def _without_notes(trial: optuna.trial.FrozenTrial) -> optuna.trial.FrozenTrial:
+    """A trial without what its sampler keeps for itself."""
+    return optuna.trial.FrozenTrial(
+        number=trial.number,
+        state=trial.state,
+        value=None,
+        values=trial.values,
+        datetime_start=trial.datetime_start,
+        datetime_complete=trial.datetime_complete,
+        params=trial.params,
+        distributions=trial.distributions,
+        user_attrs=trial.user_attrs,
+        system_attrs={},
+        intermediate_values=trial.intermediate_values,
+        trial_id=-1,
+    )
