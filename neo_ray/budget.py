@@ -44,7 +44,7 @@ def exhausted(budget: BudgetConfig, records: Iterable[TrialRecord], hours: float
     """
     for name, (value, limit) in spending(budget, records, hours).items():
         if value >= limit and not (resuming and name == "trials"):
-            return f"{name}: {_text(value)} of {_text(limit)}"
+            return f"{name}: {amount(value)} of {amount(limit)}"
     return None
 
 
@@ -57,5 +57,6 @@ def share_text(budget: BudgetConfig, records: Iterable[TrialRecord], hours: floa
     return f"{100 * shares[first]:.0f} % of the {first.replace('_', ' ')}"
 
 
-def _text(number: float) -> str:
+def amount(number: float) -> str:
+    """`12,000`, `1.5`."""
     return f"{number:,.0f}" if number == int(number) else f"{number:,.3g}"

@@ -142,6 +142,19 @@ class SchedulerConfig(Section):
         return tuple(found)
 
 
+class BudgetConfig(Section):
+    """What a sweep may spend, over all its runs. Where one ends, no trial begins any more; those that run go to their end."""
+
+    trials: int | None = Field(None, ge=1)
+    """Trials begun, in all."""
+    tokens: int | None = Field(None, ge=1)
+    """Training tokens of all trials, counted at each evaluation."""
+    accelerator_hours: float | None = Field(None, gt=0)
+    """Hours of training and evaluation × devices of a trial, counted at each evaluation."""
+    hours: float | None = Field(None, gt=0)
+    """Wall-clock hours in which the sweep ran trials."""
+
+
 class ResourcesConfig(Section):
     address: str | None = None
     """Ray address (`auto`, `ray://…`); null starts Ray on this machine."""
@@ -319,6 +332,7 @@ class SweepConfig(TrialConfig):
     """Settings to try first, each axis → value; an axis that is left out has the sweep file's own value."""
     sampler: SamplerConfig = SamplerConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
+    budget: BudgetConfig = BudgetConfig()
     resources: ResourcesConfig = ResourcesConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     storage: StorageConfig = StorageConfig()

@@ -12,13 +12,14 @@ from collections.abc import Callable
 from typing import Any
 
 import optuna
+import sqlalchemy
 
 from neo_ray.config import SweepConfig
 
 SECONDS_BETWEEN = 1.0
 MAX_SECONDS_BETWEEN = 30.0  # while it fails
 SQLITE_SECONDS = 5.0  # that SQLite waits for another's lock
-SECONDS_TO_CATCH_UP = 15.0  # at the end
+SECONDS_TO_CATCH_UP = 60.0  # at the end
 
 
 def study_url(config: SweepConfig) -> str:
@@ -47,7 +48,7 @@ class Mirror(threading.Thread):
         """The last state, if the database takes it."""
         self.closing.set()
         self.join(SECONDS_TO_CATCH_UP)
-        if not self.is_alive() and not self._try():
+        if self.is_alive() or not self._try():
             self.say("the study's database misses the last trials; the records have them all")
 
     def _try(self) -> bool:
@@ -85,6 +86,9 @@ class Mirror(threading.Thread):
         url = study_url(self.config)
         own = {"connect_args": {"timeout": SQLITE_SECONDS}} if url.startswith("sqlite") else {"pool_pre_ping": True}
         storage = optuna.storages.RDBStorage(url, engine_kwargs=own)
+        if url.startswith("sqlite"):  # a copy need not survive a power cut, and waiting for the disk takes most of the time
+            sqlalchemy.event.listen(storage.engine, "connect", lambda connection, _: connection.execute("PRAGMA synchronous=OFF"))
+            storage.engine.dispose()
         results, name = str(self.config.folder.resolve()), self.config.name
         for study in storage.get_all_studies():
             ours = study.user_attrs.get("results", results) == results

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from neo_ray.budget import amount
 from neo_ray.config import SweepConfig
 from neo_ray.memory import adapter_parameters
 from neo_ray.plan import Plan, ends, size_text
@@ -24,7 +25,8 @@ def render(plan: Plan) -> str:
         ("trials", [f"{plan.num_trials}, {_sampler(plan)}"]),
         ("scheduler", [_scheduler(plan)]),
         ("at once", [plan.concurrency]),
-        ("tokens", [_tokens_text(plan)]),
+        ("tokens", [_tokens_text(plan), *_price(plan)]),
+        ("budget", _budget(config)),
         ("targets", [_targets(plan)]),
         ("memory", _memory(plan)),
         ("writes", list(plan.writes)),
@@ -110,6 +112,17 @@ def _tokens_text(plan: Plan) -> str:
         marks = ", ".join(f"{high * k / points:,.0f}" for k in range(1, points + 1))
         return f"{words}{high:,} a trial, evaluated at {marks}"
     return f"{words}{low:,} to {high:,} a trial, {points} evaluations at equal distances"
+
+
+def _price(plan: Plan) -> list[str]:
+    if plan.tokens_of_all is None:
+        return []
+    return [f"at most {plan.tokens_of_all:,} in all trials; their time is known once the first have finished"]
+
+
+def _budget(config: SweepConfig) -> list[str]:
+    limits = {name: value for name, value in config.budget if value is not None}
+    return [", ".join(f"{name.replace('_', ' ')} {amount(value)}" for name, value in limits.items())] if limits else []
 
 
 def _targets(plan: Plan) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from neo_ray.budget import share_text
 from neo_ray.config import SweepConfig
 from neo_ray.records import TrialRecord
 
@@ -31,6 +33,8 @@ class Progress:
     def __init__(self, config: SweepConfig, console: Console, planned: int, slots: int, records: list[TrialRecord]) -> None:
         self.config, self.console, self.planned, self.slots = config, console, planned, slots
         self.records = {record.id: record for record in records}
+        self.hours: Callable[[], float] = lambda: 0.0
+        """In which the sweep has run, for its budget."""
         self.lock = threading.RLock()
         self.live = Live(self._text(), console=console, refresh_per_second=2, transient=True) if console.is_terminal else None
 
@@ -78,6 +82,8 @@ class Progress:
         best = self._best()
         if best is not None:
             words.append(f"best {self.config.objective.metric} {best.metrics[self.config.objective.metric]:.4f} ({best.id})")
+        share = share_text(self.config.budget, self.records.values(), self.hours())
+        words += [f"budget: {share}"] if share else []
         words.append(self._left(done))
         return " · ".join(words)
 

@@ -93,7 +93,11 @@ def run(config: SweepConfig, space: Space, fresh: bool = False, retry_failed: bo
         announce(warm.text)
     records = [] if fresh else retried(fold(Journal(config.folder).events()), retry_failed)
     code = 0
-    if settings_to_run(config, space, records)[1]:
+    left = settings_to_run(config, space, records)[1]
+    spent = None if fresh else _spent(config)
+    if left and spent:
+        announce(f"the budget is spent ({spent}); with a larger one the same command goes on")
+    elif left:
         code = _run_on_ray(config, space, sources, supply, identity, fresh, retry_failed, console, announce)
     else:
         announce(f"all {trials_planned(config, space)} trials have run; nothing is left to do (more: sampler.num_trials=…)")
@@ -210,6 +214,16 @@ def _check_accelerator(config: SweepConfig) -> None:
             f"resources.gpus_per_worker: {config.resources.gpus_per_worker:g} asked for, and this machine has no GPU; "
             "on a cluster's head give resources.address=auto, from outside use `ray exec cluster.yaml …`"
         )
+
+
+def _spent(config: SweepConfig) -> str | None:
+    """What no trial of this sweep may begin for; an interrupted one is counted already."""
+    from neo_ray.budget import exhausted, hours_of
+    from neo_ray.records import Journal, fold
+
+    events = list(Journal(config.folder).events())
+    records = fold(events)
+    return exhausted(config.budget, records, hours_of(events), resuming=any(not record.finished for record in records))
 
 
 def _check_earlier(config: SweepConfig) -> None:

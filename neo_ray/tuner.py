@@ -16,6 +16,7 @@ from ray import tune
 from neo_ray import checkpoints
 from neo_ray.adapters import scaling
 from neo_ray.board import Board
+from neo_ray.budget import SESSION, exhausted, hours_of
 from neo_ray.cluster import HEAD
 from neo_ray.config import SweepConfig
 from neo_ray.loading import plain
@@ -120,7 +121,7 @@ def _fit(
     resumed = {record.id for record in records}
     numbers = iter(range(len(records) + sum(trial not in resumed for trial, _, _ in given), 10**6))
     study = open_study(config, space, records)
-    search = StudySearch(config, space, study, given, lambda: trial_id(next(numbers)), recorder.started)
+    search = StudySearch(config, space, study, given, lambda: trial_id(next(numbers)), recorder.started, recorder.may_begin)
     tuner = tune.Tuner(
         tune.with_resources(Relay, HEAD),
         param_space={"board": board},
@@ -214,6 +215,9 @@ class _Recorder(threading.Thread):
         super().__init__(daemon=True, name="recorder")
         self.config, self.space, self.board, self.progress, self.lost = config, space, board, progress, lost
         self.journal = Journal(config.folder)
+        self.hours_before, self.begun, self.spent = hours_of(self.journal.events()), time.time(), ""
+        self.journal.write(SESSION, "")
+        progress.hours = self.hours
         self.records = {record.id: record for record in records}
         self.lock = threading.Lock()  # Tune's thread starts trials, this one hears of everything else
         self.open: set[str] = set()
@@ -222,6 +226,19 @@ class _Recorder(threading.Thread):
         self.phase = (
             "exploit" if config.sampler.name not in ("grid", "qmc", "random") or config.scheduler.name != "none" else "map"
         )
+
+    def hours(self) -> float:
+        """In which this sweep has run."""
+        return self.hours_before + (time.time() - self.begun) / 3600
+
+    def may_begin(self, trial: str | None) -> bool:
+        """Is there budget for one trial more, or for this one if it was interrupted?"""
+        with self.lock:
+            spent = exhausted(self.config.budget, self.records.values(), self.hours(), resuming=trial in self.records)
+        if spent and not self.spent:
+            self.progress.say(f"the budget is spent ({spent}): no trial begins any more, those that run go to their end")
+        self.spent = spent or ""
+        return not spent
 
     def started(self, trial: str, params: dict[str, Any], seed: int) -> None:
         """The searcher proposed a trial: it exists from now on. A resumed one begins another attempt."""

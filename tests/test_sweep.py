@@ -52,6 +52,7 @@ def test_a_sweep_runs_and_is_extended_and_leaves_its_contract(tiny_world: World,
     assert of_the_first_driver and of_the_second and not of_the_first_driver & of_the_second
     study = optuna.load_study(study_name="tiny", storage=f"sqlite:///{folder / 'study.db'}")
     assert {t.user_attrs["trial"] for t in study.trials} == {"0000", "0001", "0002"}
+    assert all(t.state.is_finished() for t in study.trials)
     assert not (folder / "lease.json").exists()
 
 
