@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ def connect(resources: ResourcesConfig) -> Capacity:
     import ray
 
     started_here = not ray.is_initialized()
+    ends = signal.getsignal(signal.SIGTERM)
     if started_here:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
         try:
@@ -92,6 +94,8 @@ def connect(resources: ResourcesConfig) -> Capacity:
         except (ConnectionError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(f"resources.address: no Ray cluster answers at {resources.address!r} ({reason})") from None
+    if callable(ends) and signal.getsignal(signal.SIGTERM) != ends:  # Ray's own would end the process where it stands
+        signal.signal(signal.SIGTERM, ends)
     _own_messages_to_log()
     for name in ("ray.train", "ray.tune", "ray.data", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)

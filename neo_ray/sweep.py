@@ -1,6 +1,7 @@
-"""Run a sweep: `python -m neo_ray.sweep FILE [key=value …] [--dry-run] [--fresh]`.
+"""Run a sweep: `python -m neo_ray.sweep FILE [key=value …] [--address ADDRESS] [--dry-run] [--fresh]`.
 
-Exit codes: 0 done, 1 the sweep could not go on, 2 a mistake in the file or its surroundings (nothing written), 130 interrupted.
+Exit codes: 0 done, 1 the sweep could not go on, 2 a mistake in the file or its surroundings (nothing written), 130 interrupted
+(Ctrl-C), 143 asked to end (SIGTERM, as the stop of a Ray job sends it); both keep a checkpoint of what runs.
 The same command again continues a sweep.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -33,14 +35,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m neo_ray.sweep", description="Run or continue a hyperparameter sweep.")
     parser.add_argument("file", help="sweep file (YAML)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. training.learning_rate=1e-4")
+    parser.add_argument("--address", help="the Ray cluster to run on: auto on its head, ray://…; as resources.address")
     parser.add_argument("--dry-run", action="store_true", help="print what would happen, and stop")
     parser.add_argument("--fresh", action="store_true", help="put an earlier sweep of this name aside and begin anew")
     parser.add_argument("--retry-failed", action="store_true", help="run trials again that FAILED, unless they diverged")
     asked = parser.parse_args(argv)
+    terminated = threading.Event()
     if threading.current_thread() is threading.main_thread():  # a job in the background ignores it, and our own watchdogs use it
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        _end_on_sigterm(terminated)
     try:
-        config = loading.load(asked.file, asked.overrides)
+        config = _load(asked.file, asked.overrides, asked.address)
         if asked.dry_run:
             print(render(make_plan(config, overrides=asked.overrides)))
             for check in (lambda _: _check_same_sweep(config, asked.fresh), _check_accelerator, _check_earlier, *local.CHECKS):
@@ -55,10 +60,29 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+        return 128 + (signal.SIGTERM if terminated.is_set() else signal.SIGINT)
     except BrokenPipeError:  # `… | head`
         sys.stderr.close()
         return 0
+
+
+def _end_on_sigterm(terminated: threading.Event) -> None:
+    """SIGTERM ends a sweep as Ctrl-C does, and leaves a mark: what Ray makes of the exception on its way keeps none."""
+
+    def interrupt(*_: object) -> None:
+        terminated.set()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+
+
+def _load(file: str, overrides: list[str], address: str | None) -> SweepConfig:
+    """The sweep, on the cluster asked for. A file that names none runs on that of the Ray job which this process is."""
+    config = loading.load(file, overrides)
+    inherited = os.environ.get("RAY_ADDRESS", "")
+    if address is None and config.resources.address is None and inherited and not inherited.startswith("http"):
+        address = "auto"  # Ray would connect to it in any case
+    return config if address is None else loading.load(file, [*overrides, f"resources.address={json.dumps(address)}"])
 
 
 def run(config: SweepConfig, space: Space, fresh: bool = False, retry_failed: bool = False) -> int:
@@ -242,8 +266,6 @@ def _set_aside(folder: Path) -> None:
 
 def _write_contract(config: SweepConfig, sources: dict[str, str]) -> None:
     """`sweep.yaml`, `sources.json` and `environment.json`: what was asked for, of which data and weights, and where it ran."""
-    import json
-
     from neo_ray.environment import environment
     from neo_ray.prepare import SOURCES_FILE
     from neo_ray.records import write_atomically

@@ -189,18 +189,20 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_result(tiny_world: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("times", [1, 2])
-def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tiny_world: World, tmp_path: Path, times: int) -> None:
+@pytest.mark.parametrize(("sent", "times"), [(signal.SIGINT, 1), (signal.SIGINT, 2), (signal.SIGTERM, 1)])
+def test_ctrl_c_ends_with_130_sigterm_with_143_and_the_same_command_goes_on(
+    tiny_world: World, tmp_path: Path, sent: signal.Signals, times: int
+) -> None:
     path = sweep_file(tiny_world, tmp_path, **LONG)
     process = start(path)
     journal = tmp_path / "results" / "tiny" / "journal.jsonl"
     wait_for(lambda: reported(journal), process)
     children = psutil.Process(process.pid).children(recursive=True)
     for _ in range(times):  # the second time it does not wait for a checkpoint
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         time.sleep(0.1)
     text = finish(process)
-    assert process.returncode == 130, text
+    assert process.returncode == 128 + sent, text
     assert "interrupted; the same command goes on from here" in text and "Traceback" not in text
     assert not (journal.parent / "lease.json").exists()
     assert not psutil.wait_procs(children, timeout=20)[1], "nothing is left running"

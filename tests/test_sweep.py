@@ -212,6 +212,27 @@ def test_weights_that_are_not_whole_are_refused(tiny_world: World, tmp_path: Pat
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "inherited", "address"),
+    [
+        (["--address", "ray://head:10001"], "10.0.0.1:6379", "ray://head:10001"),
+        (["--address", "10.0.0.1:6379"], "", "10.0.0.1:6379"),
+        ([], "10.0.0.1:6379", "auto"),
+        (["resources.address=10.0.0.2:6379"], "10.0.0.1:6379", "10.0.0.2:6379"),
+        ([], "http://127.0.0.1:8265", None),
+        ([], "", None),
+    ],
+)
+def test_the_address_is_the_options_the_files_or_that_of_the_ray_job(
+    tiny_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], inherited: str, address: str | None
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", inherited)
+    asked: list[object] = []
+    monkeypatch.setattr("neo_ray.sweep.run", lambda config, *_: asked.append(config.resources.address) or 0)
+    assert main([str(sweep_file(tiny_world, tmp_path)), *options]) == 0
+    assert asked == [address]
+
+
 def test_ctrl_c_while_preparing_ends_with_130(
     tiny_world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
