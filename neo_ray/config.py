@@ -6,6 +6,7 @@ Neither torch nor ray is imported here, so that every mistake in a file is repor
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any, Literal
 

@@ -89,6 +89,20 @@ def refuse_if_held(folder: Folder, silence_seconds: float = SILENCE_SECONDS) -> 
     )
 
 
+def holder(folder: Folder, silence_seconds: float = SILENCE_SECONDS) -> dict[str, Any] | None:
+    """Who drives a sweep, at a glance: host, pid, since (Unix time of the process's start), silent_seconds. None: nobody does.
+
+    A driver of another host that was silent for too long counts as gone, by this host's clock.
+    """
+    held = _place(folder).read()
+    if held is None or _dead_here(held):
+        return None
+    silent = max(0.0, time.time() - held.get("beat", 0))
+    if silent > silence_seconds and held.get("host") != socket.gethostname():
+        return None
+    return {"host": held.get("host"), "pid": held.get("pid"), "since": held.get("born"), "silent_seconds": silent}
+
+
 class _OnDisk:
     """The lease is a file: a hard link never replaces one, and of several that rename it one succeeds."""
 

@@ -26,7 +26,7 @@ ROOMS = {
     ),
     "analysis": "card statistics effects evidence guidelines report",
     "ray": "board builder cluster lease mirror progress schedulers searcher slot tuner",
-    "doors": "analyze bench bench_loss bench_reader bench_step bench_turns export sweep targets",
+    "doors": "analyze bench bench_loss bench_reader bench_step bench_turns export status sweep targets",
 }
 ROOM = {module: room for room, modules in ROOMS.items() for module in modules.split()}
 FLOOR = {"facts": 0, "training": 1, "analysis": 1, "ray": 2, "doors": 3}
@@ -36,7 +36,7 @@ TORCH = {"torch", "transformers", "peft", "deepspeed", "accelerate"}
 FORBIDDEN = {"facts": {*TORCH, "ray"}, "training": {"ray"}, "analysis": {*TORCH, "ray"}, "ray": set(), "doors": set()}
 WITHOUT_RAY = {"lease", "progress"}
 """They stand with ray, and need none of it: a lease is taken before Ray starts, and a bar is drawn without it."""
-QUICK_DOORS = ("analyze", "bench", "export", "sweep", "targets")
+        "analyze bench export status sweep targets "
 """Doors that answer `--help`, `--dry-run` and a mistake in a file before anything heavy is imported."""
 
 

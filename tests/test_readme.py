@@ -24,7 +24,7 @@ from doors import ROOT, finish, start, sweep_file
 from planted import trial
 from tiny import World
 
-from neo_ray import analyze, export, sweep, targets
+from neo_ray import analyze, export, status, sweep, targets
 from neo_ray.adapters import attach, save_adapter, trained_parameters
 from neo_ray.cautions import PARAMETER_OF
 from neo_ray.config import AXIS_KINDS, Axis, DataConfig, SweepConfig
@@ -119,6 +119,12 @@ def _analyze(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert analyze.main(words) == 0, capsys.readouterr().err
 
 
+def _status(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the sweep that is here; what another one would say is parsed alone."""
+    here = ["results/quickstart" if word.startswith("results/") else word for word in words]
+    assert status.main(here) == 1, capsys.readouterr().err
+
+
 def _export(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """As far as it goes without an adapter: the trial is found and fit to be exported."""
     assert export.main(words) == 2 and "has no adapter any more" in capsys.readouterr().err
@@ -139,8 +145,13 @@ def _ray(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     from ray.scripts.scripts import cli
 
     words = words[: words.index(">")] if ">" in words else words
-    cli.commands[words[0]].make_context(words[0], list(words[1:]))
-    if words[0] == "exec":
+    command = cli.commands[words[0]]
+    if words[0] == "job":
+        words = words[1:]
+        assert words[0] in command.commands
+        command = command.commands[words[0]]
+    command.make_context(words[0], list(words[1:]))
+    if words[0] in ("exec", "submit"):
         run_command(words[-1], capsys)
 
 
@@ -173,6 +184,7 @@ def _python(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
 CHECKS: dict[str, Callable[[list[str], pytest.CaptureFixture[str]], None]] = {
     "python -m neo_ray.sweep": _sweep,
     "python -m neo_ray.analyze": _analyze,
+    "python -m neo_ray.status": _status,
     "python -m neo_ray.export": _export,
     "python -m neo_ray.targets": _targets,
     "python": _python,
@@ -208,6 +220,9 @@ def test_every_command_works_as_written(
         "make quikstart",
         "ray up",
         "ray exec cluster.yaml 'cd ~/neo_ray && python -m neo_ray.sweep sweeps/none.yaml'",
+        "ray job stopp rank",
+        "ray job submit -- bash -c 'cd ~/neo_ray && python -m neo_ray.sweep sweeps/none.yaml'",
+        "python -m neo_ray.status results/quickstart --wach 3",
         "ray exec cluster.yaml --tmuxx 'cd ~/neo_ray'",
         "pip install -c constraints.txt -e '.[azure]'",
     ],

@@ -1,0 +1,153 @@
+"""How far is a sweep? `python -m neo_ray.status results/<name> [--json] [--watch SECONDS]`: from its files alone, at any time.
+
+Exit codes: 0 running or done, 1 trials are left and nobody drives the sweep, 2 no sweep there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from neo_ray.config import SweepConfig
+from neo_ray.lease import holder
+from neo_ray.loading import load
+from neo_ray.records import Journal, TrialRecord, load_records
+from neo_ray.settings import ConfigError
+from neo_ray.space import build_space
+from neo_ray.trials import trials_planned
+
+NOBODY = 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print where a sweep stands; the exit code says whether somebody has to do something."""
+    parser = argparse.ArgumentParser(prog="python -m neo_ray.status", description="How far a running or finished sweep is.")
+    parser.add_argument("path", help="a results folder (results/<name>)")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    parser.add_argument("--watch", type=float, metavar="SECONDS", help="again and again, while it is driven")
+    asked = parser.parse_args(argv)
+    try:
+        while True:
+            found = status(Path(asked.path).expanduser())
+            print(json.dumps(found) if asked.json else "\n".join(lines(found)), flush=True)
+            if asked.watch is None or not found["driver"]:
+                return NOBODY if found["unfinished"] and not found["driver"] else 0
+            time.sleep(asked.watch)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 0
+
+
+def status(folder: Path) -> dict[str, Any]:
+    """Where a sweep stands, as JSON types. Tokens are training tokens without padding; what is not known is null.
+
+    Raises:
+        ValueError: no sweep is there.
+    """
+    try:
+        config = load(folder / "sweep.yaml")
+    except ConfigError as error:
+        raise ValueError(f"{folder}: holds no sweep ({error})") from None
+    records = load_records(folder) if any(True for _ in Journal(folder).events()) else []
+    planned, driver = trials_planned(config, build_space(config)), holder(folder)
+    running = [r for r in records if not r.finished]
+    failed = [r for r in records if r.state == "FAILED"]
+    causes = sorted({r.cause or "unknown" for r in failed})
+    seconds = sum(r.seconds for r in records)
+    return {
+        "sweep": config.name,
+        "driver": driver,
+        "planned": planned,
+        "unfinished": max(len(running), planned - sum(r.finished for r in records)),
+        "states": dict(Counter(r.state for r in records)),
+        "running": [_running(record, config) for record in running],
+        "best": _best(records, config),
+        "failures": {
+            cause: [r.id for r in failed if (r.cause or "unknown") == cause] for cause in {r.cause or "unknown" for r in failed}
+        },
+        "tokens": sum(r.tokens for r in records),
+        "tokens_per_worker_second": sum(r.tokens for r in records) / seconds if seconds else None,
+        "seconds_left": _seconds_left(records, planned, config) if driver else None,
+        "paths": {name: str(folder / name) for name in ("journal.jsonl", "logs", "report.md", "study.db")},
+    }
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """The same for a person."""
+    driver = found["driver"]
+    who = "nobody drives it"
+    if driver:
+        since = (
+            datetime.fromtimestamp(driver["since"], UTC).strftime("%Y-%m-%d %H:%M UTC") if driver["since"] else "an unknown time"
+        )
+        who = (
+            f"driven by process {driver['pid']} on {driver['host']} since {since}, heard of {driver['silent_seconds']:.0f} s ago"
+        )
+    done = sum(count for state, count in found["states"].items() if state != "RUNNING")
+    states = ", ".join(f"{count} {state.lower()}" for state, count in sorted(found["states"].items()))
+    text = [f"{found['sweep']}: {who}", f"trials: {done}/{found['planned']}{f' ({states})' if states else ''}"]
+    for trial in found["running"]:
+        value = f", {trial['metric']} {trial['value']:.4f}" if trial["value"] is not None else ""
+        text.append(f"  {trial['id']} {trial['share']:.0%} ({trial['tokens']:,} tokens{trial['of']}){value}")
+    if found["best"]:
+        best = found["best"]
+        setting = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in best["params"].items())
+        text.append(f"best: {best['metric']} {best['value']:.4f} in trial {best['id']} ({setting})")
+    text += [f"failed: {cause}: {', '.join(ids)}" for cause, ids in sorted(found["failures"].items())]
+    if found["tokens_per_worker_second"]:
+        text.append(f"tokens: {found['tokens']:,}, {found['tokens_per_worker_second']:,.0f} a second of a trial")
+    if found["seconds_left"] is not None:
+        text.append(f"left: about {found['seconds_left'] / 60:.0f} min, by the trials so far")
+    if found["unfinished"] and not driver:
+        text.append(f"{found['unfinished']} trials are left: the sweep's own command goes on")
+    return [*text, *(f"{name}: {path}" for name, path in found["paths"].items())]
+
+
+def _running(record: TrialRecord, config: SweepConfig) -> dict[str, Any]:
+    """Its share by evaluations; by tokens or steps where the trial's length is stated in them."""
+    training, metric = record.config.get("training") or {}, config.objective.metric
+    wanted, steps = training.get("tokens"), training.get("steps")
+    share = record.tokens / wanted if wanted else record.steps / steps if steps else len(record.curve) / config.evaluation.points
+    return {
+        "id": record.id,
+        "share": min(1.0, share),
+        "tokens": record.tokens,
+        "of": f" of {wanted:,}" if wanted else "",
+        "metric": metric,
+        "value": record.metrics.get(metric),
+        "attempts": record.attempts,
+    }
+
+
+def _best(records: list[TrialRecord], config: SweepConfig) -> dict[str, Any] | None:
+    from neo_ray.report import ranked
+
+    metric = config.objective.metric
+    complete = [r for r in records if r.state == "COMPLETE" and r.metrics.get(metric) is not None]
+    if not complete:
+        return None
+    best = ranked(complete, metric, config.objective.mode)[0]
+    return {"id": best.id, "metric": metric, "value": best.metrics[metric], "params": best.params}
+
+
+def _seconds_left(records: list[TrialRecord], planned: int, config: SweepConfig) -> float | None:
+    """From the mean time of the trials that have run, with as many at a time as run now."""
+    finished = [r.seconds for r in records if r.finished and r.seconds]
+    running = [_running(r, config)["share"] for r in records if not r.finished]
+    if not finished:
+        return None
+    left = planned - sum(r.finished for r in records) - sum(running)
+    return max(0.0, left) * sum(finished) / len(finished) / max(1, len(running))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""Does `neo_ray.status` say how far a sweep is? Reference: journals written by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from doors import sweep_file
+from tiny import World
+
+from neo_ray.lease import lease
+from neo_ray.loading import dump, load
+from neo_ray.records import Journal
+from neo_ray.status import lines, main, status
+
+
+@pytest.fixture
+def folder(tiny_world: World, tmp_path: Path) -> Path:
+    """A sweep of four trials: one complete, one failed, one half way, one not begun."""
+    config = load(sweep_file(tiny_world, tmp_path), ["sampler.num_trials=4", "training.steps=null", "training.tokens=1000"])
+    config.folder.mkdir(parents=True)
+    (config.folder / "sweep.yaml").write_text(dump(config))
+    journal = Journal(config.folder)
+    for number in range(3):
+        journal.write("start", f"000{number}", params={"rank": 2 + number}, config={"training": {"tokens": 1000}})
+    row = {"rung": 1, "step": 4, "tokens": 500, "seconds": 5.0, "select_ce": 4.25}
+    journal.write("end", "0000", state="COMPLETE", metrics={"select_ce": 4.5}, tokens=1000, seconds=10.0)
+    journal.write("end", "0001", state="FAILED", cause="diverged", tokens=0, seconds=10.0)
+    journal.write("report", "0002", row=row)
+    return config.folder
+
+
+def test_a_running_sweep_is_told_with_who_drives_it(folder: Path) -> None:
+    with lease(folder):
+        found = status(folder)
+    assert found["driver"]["pid"] and found["driver"]["silent_seconds"] < 60
+    assert (found["planned"], found["unfinished"]) == (4, 2)
+    assert found["states"] == {"COMPLETE": 1, "FAILED": 1, "RUNNING": 1}
+    assert [(trial["id"], trial["share"], trial["value"]) for trial in found["running"]] == [("0002", 0.5, 4.25)]
+    assert found["best"]["id"] == "0000" and found["failures"] == {"diverged": ["0001"]}
+    assert found["tokens_per_worker_second"] == pytest.approx(1500 / 25)
+    assert found["seconds_left"] == pytest.approx(1.5 * 10), "one and a half trials of ten seconds, one at a time"
+
+
+def test_a_sweep_that_nobody_drives_says_so_by_its_exit_code(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(folder)]) == 1
+    text = capsys.readouterr().out
+    assert "nobody drives it" in text and "2 trials are left" in text
+    assert "0002 50% (500 tokens of 1,000), select_ce 4.2500" in text and "failed: diverged: 0001" in text
+    with lease(folder):
+        assert main([str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["driver"]
+
+
+def test_watching_ends_with_the_driver(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(folder), "--watch", "60"]) == 1
+
+
+def test_a_sweep_without_a_trial_yet_and_no_sweep_at_all(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "journal.jsonl").unlink()
+    assert lines(status(folder))[1] == "trials: 0/4"
+    assert main([str(tmp_path / "nothing")]) == 2
+    assert "holds no sweep" in capsys.readouterr().err
