@@ -71,9 +71,7 @@ def status(folder: Path) -> dict[str, Any]:
         "states": dict(Counter(r.state for r in records)),
         "running": [_running(record, config) for record in running],
         "best": _best(records, config),
-        "failures": {
-            cause: [r.id for r in failed if (r.cause or "unknown") == cause] for cause in {r.cause or "unknown" for r in failed}
-        },
+        "failures": {cause: [r.id for r in failed if (r.cause or "unknown") == cause] for cause in causes},
         "tokens": sum(r.tokens for r in records),
         "tokens_per_worker_second": sum(r.tokens for r in records) / seconds if seconds else None,
         "seconds_left": _seconds_left(records, planned, config) if driver else None,
