@@ -193,6 +193,7 @@ def _states(records: Sequence[TrialRecord]) -> dict[str, int]:
 def _notes(evidence: Evidence) -> list[str]:
     """How many trials are in which state, what diverged, and which axes nothing can be said of."""
     from neo_ray.evidence import constant_axes, number
+    from neo_ray.startup import lost_attempts_line, startup_line
 
     states = _states(evidence.records)
     counts = ", ".join(f"{count} {state}" for state, count in states.items())
@@ -205,6 +206,7 @@ def _notes(evidence: Evidence) -> list[str]:
     bucketed = sum(record.details.get("targets") == "topk" for record in evidence.records)
     if bucketed:
         notes.append(f"{bucketed} trials had targets.mode topk, which is biased: {BIAS}.")
+    notes += filter(None, (lost_attempts_line(evidence.records), startup_line(evidence.records)))
     constant = constant_axes(evidence).items()
     return [*notes, *(f"{name} is {number(value)} in every trial: nothing can be said of it." for name, value in constant)]
 

@@ -8,10 +8,18 @@ import time
 from typing import Any
 
 from neo_ray.records import Stop
+from neo_ray.settings import TrialConfig
 
 Job = dict[str, Any]
 Item = dict[str, Any]
+MAX_PREEMPTIONS = 100  # of one trial: nodes that come and go are no fault of it, but something ends all of them
+MAX_PASSED_OVER = 3  # a trial at the front of the queue waits for at most so many others
 PATIENCE_SECONDS = 20.0  # a question to the board is answered at least this often, so that nobody waits past a time-out
+
+
+def kind_of(trial: TrialConfig) -> str:
+    """Trials of one kind can take the same models, whatever the worker: `parts.shape_of` before there is a device."""
+    return f"{'adapter' if trial.has_adapter else 'full'} {trial.training.dtype} {trial.deepspeed.zero_stage >= 3}"
 
 
 class Board:
@@ -23,7 +31,13 @@ class Board:
         self.jobs: dict[str, Job] = {}
         self.items: dict[str, list[Item]] = {}
         self.log: list[Item] = []
-        self.failures: dict[str, int] = {}
+        self.failures: collections.Counter[str] = collections.Counter()
+        self.preemptions: collections.Counter[str] = collections.Counter()
+        self.passed_over: collections.Counter[str] = collections.Counter()
+        self.queued: dict[str, float] = {}
+        self.waited: collections.defaultdict[str, float] = collections.defaultdict(float)  # seconds
+        self.nodes: dict[int, set[str]] = {}
+        self.leaving: dict[int, str] = {}
         self.in_slot: dict[int, str] = {}
         self.slots: set[int] = set()
         self.ended: dict[int, int] = {}
@@ -37,25 +51,51 @@ class Board:
         """A Tune trial asks for a slot."""
         async with self.changed:
             self.jobs[trial], self.items[trial] = job, []
-            self.queue.append(trial)
+            self._enqueue(trial, first=False)
+
+    async def begin(self, slot: int) -> None:
+        """A slot's workers are about to be started."""
+        self.nodes[slot] = set()
+        self.leaving.pop(slot, None)
+
+    async def joined(self, slot: int, node: str) -> None:
+        """A worker of a slot is up, on this node."""
+        self.nodes.setdefault(slot, set()).add(node)
+
+    async def state(self) -> tuple[int, dict[int, set[str]]]:
+        """How many trials wait or run, and on which nodes each slot's workers are."""
+        return len(self.queue) + len(self.in_slot), self.nodes
+
+    async def let_go(self, slot: int, why: str) -> None:
+        """A slot is to end: `drained` as soon as its trial is in a checkpoint, `recycled` after its trial."""
+        async with self.changed:
+            self.leaving.setdefault(slot, why)
             self.changed.notify_all()
 
-    async def take(self, slot: int) -> tuple[str, Job | None]:
-        """The next trial for a slot: (id, job), ("", None) when there is none yet, ("closed", None) at the end."""
+    async def why_left(self, slot: int) -> str | None:
+        """Why a slot ended without a fault; None at the end of the sweep."""
+        return self.leaving.get(slot)
+
+    async def take(self, slot: int, kind: str | None = None) -> tuple[str, Job | None]:
+        """The next trial for a slot: (id, job), ("", None) when there is none yet, ("closed", None) at the end.
+
+        `kind`: that of the trials that the slot's models serve; one of these comes first.
+        """
         async with self.changed:
             self.slots.add(slot)
             if (stale := self.in_slot.pop(slot, None)) is not None:  # taken by a call that dead workers had left behind
-                self.queue.appendleft(stale)
-            await self._wait(lambda: bool(self.queue) or self.closed)
-            while self.queue:
-                trial = self.queue.popleft()
+                self._enqueue(stale)
+            await self._wait(lambda: bool(self.queue) or self.closed or slot in self.leaving)
+            while self.queue and slot not in self.leaving:
+                trial = self._next(kind)
                 if trial in self.cancelled:
                     self._end(slot, trial, {"state": "PRUNED"})
                     continue
                 if not self.closed:
                     self.in_slot[slot] = trial
+                    self.waited[trial] += time.time() - self.queued[trial]
                     return trial, self.jobs[trial]
-            return ("closed", None) if self.closed else ("", None)
+            return ("closed", None) if self.closed or slot in self.leaving else ("", None)
 
     async def report(self, trial: str, row: dict[str, Any]) -> None:
         async with self.changed:
@@ -65,21 +105,23 @@ class Board:
     async def when_stopped(self, trial: str) -> Stop:
         """How a trial is to stop, as soon as it is to; NO when it left its slot, or after a while, to be asked again."""
         async with self.changed:
-            await self._wait(lambda: self.closed or trial in self.cancelled or trial not in self.in_slot.values())
+            await self._wait(lambda: trial in self.cancelled or not self._may_stay(trial))
             if trial in self.cancelled:
                 return Stop.PRUNED
-            return Stop.INTERRUPTED if self.closed and trial in self.in_slot.values() else Stop.NO
+            return Stop.INTERRUPTED if trial in self.in_slot.values() and not self._may_stay(trial) else Stop.NO
 
     async def leave(self, slot: int, trial: str) -> None:
-        """The sweep is interrupted and the trial put away, in a checkpoint: it has not ended."""
+        """The sweep is interrupted, or the slot's node leaves, and the trial put away, in a checkpoint: it has not ended."""
         async with self.changed:
-            self._leave(slot, trial)
+            if self._leave(slot, trial) and not self.closed:
+                self._put_back(trial, "its node leaves", "preempted")
             self.changed.notify_all()
 
     async def finish(self, slot: int, trial: str, end: dict[str, Any]) -> None:
         """A slot is done with its trial, however it ended."""
         async with self.changed:
             if self._leave(slot, trial):
+                end["details"] = {**end.get("details", {}), "waited_seconds": self.waited[trial]}
                 self._end(slot, trial, end)
                 self.changed.notify_all()
 
@@ -111,8 +153,7 @@ class Board:
         """A slot cannot work at all (its models do not load): its trial is not to blame."""
         async with self.changed:
             if self._leave(slot, trial):
-                self.queue.appendleft(trial)
-                self.changed.notify_all()
+                self._enqueue(trial)
 
     async def slot_lost(self, slot: int, message: str, cause: str) -> tuple[str | None, int]:
         """A slot's workers died: its trial goes to the front of the queue, to resume, a bounded number of times.
@@ -126,20 +167,20 @@ class Board:
                 cause = "hung"
             if trial is not None:
                 self._return(slot, trial, message, cause)
-                self.changed.notify_all()
             return trial, self.ended.get(slot, 0)
 
     def _return(self, slot: int, trial: str, message: str, cause: str) -> None:
         if cause == "out_of_memory" and self.jobs[trial].get("micro_batch_size", 1) > 1:
             self._halve(trial, message)
             return
-        self.failures[trial] = self.failures.get(trial, 0) + 1
-        if self.failures[trial] > self.max_failures:
-            error = f"its worker died {self.failures[trial]} times; the last time: {message}"
+        counted, most = (self.preemptions, MAX_PREEMPTIONS) if cause == "preempted" else (self.failures, self.max_failures)
+        counted[trial] += 1
+        if counted[trial] > most:
+            error = f"its worker died {counted[trial]} times; the last time: {message}"
             self._end(slot, trial, {"state": "FAILED", "cause": cause, "error": error})
+            self.changed.notify_all()
         else:
-            self._add(trial, {"kind": "attempt", "message": message})
-            self.queue.appendleft(trial)
+            self._put_back(trial, message, cause)
 
     async def items_after(self, trial: str, seen: int) -> list[Item]:
         """What happened to a trial beyond the `seen` first items; empty after a while, to be asked again."""
@@ -160,6 +201,30 @@ class Board:
             self.changed.notify_all()
             return self.slots
 
+    def _may_stay(self, trial: str) -> bool:
+        """Does the trial run in a slot that goes on?"""
+        slot = next((slot for slot, held in self.in_slot.items() if held == trial), None)
+        return slot is not None and not self.closed and self.leaving.get(slot) != "drained"
+
+    def _next(self, kind: str | None) -> str:
+        """Out of the queue: the first trial, or the first of a kind, unless that has been done to the first too often."""
+        first = self.queue[0]
+        chosen = next((trial for trial in self.queue if self.jobs[trial].get("kind") == kind), first)
+        if chosen != first:
+            self.passed_over[first] += 1
+            chosen = chosen if self.passed_over[first] <= MAX_PASSED_OVER else first
+        self.queue.remove(chosen)
+        return chosen
+
+    def _enqueue(self, trial: str, first: bool = True) -> None:
+        self.queued[trial] = time.time()
+        (self.queue.appendleft if first else self.queue.append)(trial)
+        self.changed.notify_all()
+
+    def _put_back(self, trial: str, message: str, cause: str) -> None:
+        self._add(trial, {"kind": "attempt", "message": message, "cause": cause})
+        self._enqueue(trial)
+
     def _leave(self, slot: int, trial: str) -> bool:
         """The trial leaves its slot; False where it is not there any more, since several ranks may say the same."""
         held = self.in_slot.get(slot) == trial
@@ -176,9 +241,7 @@ class Board:
     def _halve(self, trial: str, message: str) -> None:
         size = self.jobs[trial]["micro_batch_size"]
         self.jobs[trial]["micro_batch_size"] = (size + 1) // 2
-        self._add(trial, {"kind": "attempt", "message": f"micro-batch of {size} halved: {message}"})
-        self.queue.appendleft(trial)
-        self.changed.notify_all()
+        self._put_back(trial, f"micro-batch of {size} halved: {message}", "out_of_memory")
 
     def _add(self, trial: str, item: Item) -> None:
         item = {"trial": trial, "at": time.time(), **item}

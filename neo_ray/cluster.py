@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import signal
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -100,9 +101,45 @@ def connect(resources: ResourcesConfig) -> Capacity:
     for name in ("ray.train", "ray.tune", "ray.data", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
     _check_state_api()
-    nodes = tuple(map(_node, (node for node in ray.nodes() if node["Alive"])))
-    coming = () if started_here and not resources.address else nodes_on_demand(len(nodes))
-    return Capacity(nodes, coming, started_here)
+    return present(started_here, alone=started_here and not resources.address)
+
+
+def present(started_here: bool = False, alone: bool = False) -> Capacity:
+    """What the cluster holds now, without the nodes that are about to leave. `alone`: it has no other machine."""
+    import ray
+
+    going = draining()
+    nodes = tuple(_node(node) for node in ray.nodes() if node["Alive"] and node["NodeID"] not in going)
+    return Capacity(nodes, () if alone else nodes_on_demand(len(nodes)), started_here)
+
+
+def draining() -> set[str]:
+    """Ids of the nodes that are about to leave: told by the autoscaler, by `ray drain-node`, or by a SIGTERM to their Ray.
+
+    Ray has no public call for this; Ray Train's own watcher asks the same one. Where it is gone, none is known to leave.
+    """
+    from ray._private.state import state
+
+    return set(state.get_draining_nodes()) if hasattr(state, "get_draining_nodes") else set()
+
+
+def was_preempted(error: BaseException, nodes: set[str], patience_seconds: float = 40.0) -> bool:
+    """Did a worker group die with a node of its own? A node that fell silent is known to be dead only after a while."""
+    import ray
+    from ray.train.v2.api.exceptions import PreemptionError
+
+    failures = [error, *(getattr(error, "worker_failures", None) or {}).values()]
+    if any(isinstance(e, PreemptionError) or getattr(e, "preempted", False) for e in failures):
+        return True
+    unclear = any(isinstance(e, ray.exceptions.ActorUnavailableError) for e in failures)
+    deadline = time.monotonic() + (patience_seconds if unclear else 0.0)
+    while True:
+        staying = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - draining()
+        if nodes - staying:
+            return True
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(1)
 
 
 def nodes_on_demand(num_up: int, bootstrap: Path = BOOTSTRAP) -> tuple[Node, ...]:
@@ -136,6 +173,18 @@ def concurrency(resources: ResourcesConfig, capacity: Capacity) -> int:
     if resources.concurrency > fits:
         raise ConfigError(f"resources.concurrency: {resources.concurrency} trials at a time were asked for and {fits} fit")
     return resources.concurrency
+
+
+def places(resources: ResourcesConfig, capacity: Capacity, worker_bytes: int) -> int:
+    """Slots that the cluster holds as it is now, of those asked for; 0 where there is no room for one."""
+    if resources.nodes_on_demand and resources.concurrency != "auto":
+        return resources.concurrency
+    free = resources.model_copy(update={"concurrency": "auto"})
+    try:
+        fits = fit_memory(free, capacity, worker_bytes, concurrency(free, capacity))
+    except ConfigError:
+        return 0
+    return fits if resources.concurrency == "auto" else min(fits, resources.concurrency)
 
 
 def fit_memory(resources: ResourcesConfig, capacity: Capacity, worker_bytes: int, slots: int) -> int:

@@ -76,6 +76,8 @@ class TrialRecord(BaseModel):
     stopped: bool = False
     """The scheduler stopped it, whether or not its slot has seen it yet."""
     attempts: int = 1
+    lost_attempts: list[dict[str, Any]] = []
+    """Why an attempt ended before its trial did: cause and message, one a time. Preempted is not failed."""
     details: dict[str, Any] = {}
     """Device, dtype, number of workers, slot, trainable parameters, set-up seconds, log file."""
 
@@ -146,6 +148,8 @@ def apply(records: dict[str, TrialRecord], event: dict[str, Any]) -> None:
         _add_row(record, event["row"])
     elif kind == "attempt":
         record.attempts += 1
+        if event.get("cause"):
+            record.lost_attempts = [*record.lost_attempts, {"cause": event["cause"], "message": event.get("message")}]
         for name, value in REOPENED.items():
             setattr(record, name, value)
     elif kind == "stop":

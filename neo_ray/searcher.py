@@ -36,13 +36,15 @@ class StudySearch(OptunaSearch):
         next_id: Callable[[], str],
         on_start: Callable[[str, dict[str, Any], int], None],
         may_begin: Callable[[str | None], bool] = lambda trial: True,
+        room: Callable[[], int] = lambda: 10**6,
     ) -> None:
+        """`room`: how many trials may be under way just now."""
         Searcher.__init__(self, metric=config.objective.metric, mode=config.objective.mode)
         self._ot_trials: dict[str, optuna.trial.Trial] = {}
         self._completed_trials: set[str] = set()
         self.study = study
         self.config, self.space, self.given = config, space, list(given)
-        self.next_id, self.on_start, self.may_begin = next_id, on_start, may_begin
+        self.next_id, self.on_start, self.may_begin, self.room = next_id, on_start, may_begin, room
         self.only_given = config.sampler.name == "grid"
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
@@ -52,6 +54,8 @@ class StudySearch(OptunaSearch):
         """The Tune config of the next trial: our id, and the resolved trial config as JSON."""
         if not self.may_begin(self.given[0][0] if self.given else None):
             return Searcher.FINISHED  # type: ignore[return-value]
+        if len(self._ot_trials) - len(self._completed_trials) >= self.room():
+            return None  # Tune asks again
         if self.given:
             ours, params, seed = self.given.pop(0)
             self.study.enqueue_trial(self.space.optuna_params(params), user_attrs={"trial": ours})

@@ -9,20 +9,24 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 import ray.train
 import ray.train.torch
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig
 
+from neo_ray import cluster
+from neo_ray.board import kind_of
 from neo_ray.config import ResourcesConfig
 from neo_ray.records import Stop
 from neo_ray.settings import TrialConfig
 
 NAMESPACE = "neo_ray"
+MEMORY_GROWTH = (1.5, 500e6)  # resident bytes after a trial: what the first of its shape left, by a factor and a term
 MAX_RESTARTS_IN_A_ROW = 3  # workers that die without finishing anything are no passing fault
 
 
@@ -41,6 +45,8 @@ class SlotJob:
     """Results folder; trials write into `trials/<id>`, workers log into `logs`."""
     silence_seconds: float
     """A trial without a step for so long is hung."""
+    begun: float = 0.0
+    """Unix time at which its workers were asked for."""
 
 
 def slot_loop(settings: dict[str, Any]) -> None:
@@ -55,9 +61,10 @@ def slot_loop(settings: dict[str, Any]) -> None:
     board = ray.get_actor(job.board, namespace=NAMESPACE)
     device = devices.local_device()
     devices.map_large_blocks(device)
-    worker = Worker(board, job, rank, device)
+    ray.get(board.joined.remote(job.slot, ray.get_runtime_context().get_node_id()))
+    worker = Worker(board, job, rank, device, idle_since=time.time())
     while True:
-        box: list[Any] = [_take(board, job.slot) if rank == 0 else None]
+        box: list[Any] = [_take(board, job.slot, worker.kind) if rank == 0 else None]
         dist.broadcast_object_list(box, 0)
         trial_id, data = box[0]
         if trial_id == "closed":
@@ -76,6 +83,12 @@ class Worker:
     rank: int
     device: Any
     parts: Any = None
+    kind: str | None = None
+    """That of the trials which the parts serve, as the board calls it."""
+    idle_since: float | None = None
+    """Unix time since which it has waited for its first trial; None once it has had one."""
+    resident: dict[Any, int] = field(default_factory=dict)
+    """Shape → resident bytes after the first trial of it."""
     fits: dict[Any, int] = field(default_factory=dict)
     """Kind of trial → the micro-batch that an `auto` begins with, after one ran out of memory."""
 
@@ -92,17 +105,17 @@ class Worker:
         size = min(size, smaller or size)
         trial = trial.model_copy(update={"training": trial.training.model_copy(update={"micro_batch_size": size})})
         self._tell("using", trial_id, size)
-        log = logging.getLogger("neo_ray")
+        log, taken = logging.getLogger("neo_ray"), time.time()
         log.info("trial %s begins: %s", trial_id, trial.model_dump_json())
         try:
-            end = self._train(trial_id, trial)
+            end = self._train(trial_id, trial, taken)
         except LoadError:
             log.exception("the models do not load")
             self._tell("give_back", self.job.slot, trial_id)
             raise
         except Exception as error:
             log.exception("trial %s failed", trial_id)
-            self.parts = None
+            self.parts = self.kind = None
             where = traceback.extract_tb(error.__traceback__)[-1]
             message = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
             if devices.is_out_of_memory(error) and size > 1:
@@ -120,8 +133,18 @@ class Worker:
             self._tell("leave", self.job.slot, trial_id)
         else:
             self._tell("finish", self.job.slot, trial_id, end)
+        self._watch_memory(shape_of(trial, self.device))
 
-    def _train(self, trial_id: str, trial: TrialConfig) -> dict[str, Any]:
+    def _watch_memory(self, shape: Any) -> None:
+        """A process that keeps more and more from trial to trial is replaced, before the system ends it amid one."""
+        now = psutil.Process().memory_info().rss
+        first = self.resident.setdefault(shape, now)
+        if now > MEMORY_GROWTH[0] * first + MEMORY_GROWTH[1]:
+            text = "resident memory grew from %.2f to %.2f GB since the first such trial: the slot is replaced"
+            logging.getLogger("neo_ray").warning(text, first / 1e9, now / 1e9)
+            ray.get(self.board.let_go.remote(self.job.slot, "recycled"))
+
+    def _train(self, trial_id: str, trial: TrialConfig, taken: float) -> dict[str, Any]:
         """The trial's end as the board takes it. Parts that another trial may use are kept."""
         from neo_ray import devices
         from neo_ray.parts import load_parts, shape_of
@@ -137,16 +160,22 @@ class Worker:
                 if devices.is_out_of_memory(error):
                     raise
                 raise LoadError(f"the models or the data cannot be loaded: {type(error).__name__}: {error}") from error
+        loaded = time.time()
         stop = _Stop(self.board, self.job, trial_id, watching=self.rank == 0)  # the loop looks on rank 0 alone
         try:
             report = _reporter(self.board, trial_id)
             outcome = train(trial, self.parts, report, stop.look, Path(self.job.folder) / "trials" / trial_id)
         finally:
             stop.close()
-        if not self.parts.shape[-1]:
-            self.parts = None
+        reusable, self.kind = self.parts.shape[-1], kind_of(trial)
+        if not reusable:
+            self.parts = self.kind = None
         end = {"state": outcome.state, "cause": outcome.cause, "error": outcome.error, "metrics": outcome.metrics}
-        return end | outcome.totals | {"details": {**outcome.details, "slot": self.job.slot}}
+        setup = {"setup_seconds": loaded - taken + outcome.details["setup_seconds"], "slot": self.job.slot}
+        if self.idle_since is not None:
+            setup["cold_start_seconds"] = self.idle_since - self.job.begun + setup["setup_seconds"]
+            self.idle_since = None
+        return end | outcome.totals | {"details": {**outcome.details, **setup}}
 
     def _tell(self, what: str, *arguments: Any) -> None:
         if self.rank == 0:
@@ -191,8 +220,8 @@ def slots_wait() -> bool:
     return any(isinstance(thread, SlotRunner) for thread in threading.enumerate())
 
 
-def _take(board: Any, slot: int) -> tuple[str, Any]:
-    return ray.get(board.take.remote(slot))
+def _take(board: Any, slot: int, kind: str | None) -> tuple[str, Any]:
+    return ray.get(board.take.remote(slot, kind))
 
 
 def _reporter(board: Any, trial_id: str) -> Callable[[dict[str, Any]], None]:
@@ -212,28 +241,40 @@ def log_to(path: Path) -> None:
 
 
 class SlotRunner(threading.Thread):
-    """Keeps one slot alive from the driver: starts its worker group, and starts it again when it dies."""
+    """Keeps one slot alive from the driver: starts its worker group, and starts it again when it dies or is recycled.
+
+    It ends when its node left; whether there is room for another is the keeper's to say.
+    """
 
     def __init__(self, job: SlotJob, resources: ResourcesConfig, board: Any, announce: Callable[[str], None]) -> None:
         super().__init__(daemon=True, name=f"slot-{job.slot}")
         self.job, self.resources, self.board, self.announce = job, resources, board, announce
         self.error: str | None = None
+        self.broken = False
+        """Its workers died again and again."""
         self.closing = False
 
     def run(self) -> None:
         failures = ended = 0
         while failures <= MAX_RESTARTS_IN_A_ROW and not self.closing:
+            self.job = replace(self.job, begun=time.time())
+            ray.get(self.board.begin.remote(self.job.slot))
             try:
                 self._trainer().fit()
-                return
+                if ray.get(self.board.why_left.remote(self.job.slot)) != "recycled":
+                    return
+                self.announce(f"slot {self.job.slot} begins anew: its memory kept growing (see its log)")
             except Exception as error:
                 if self.closing:
                     return
-                message, cause = _why(error)
+                message, cause = _why(error, ray.get(self.board.state.remote())[1].get(self.job.slot, set()))
                 self.error = message
                 trial, ended_by_now = ray.get(self.board.slot_lost.remote(self.job.slot, message, cause))
                 failures, ended = (1 if ended_by_now > ended else failures + 1), ended_by_now
                 self.announce(f"slot {self.job.slot} lost its workers{f' in trial {trial}' if trial else ''}: {message}")
+                if cause == "preempted":
+                    return
+        self.broken = not self.closing
 
     def _trainer(self) -> Any:
         per_worker: dict[str, float] = {"CPU": self.resources.cpus_per_worker}
@@ -254,19 +295,21 @@ class SlotRunner(threading.Thread):
             run_config=RunConfig(  # type: ignore[arg-type]  # Train V2's own
                 name=f"slot-{self.job.slot}-{time.time_ns()}",
                 storage_path=os.path.abspath(os.path.join(self.job.folder, "ray")),
-                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
                 logging_config=LoggingConfig(log_level="ERROR"),
                 worker_runtime_env={"env_vars": env},
             ),
         )
 
 
-def _why(error: BaseException) -> tuple[str, str]:
-    """One line and a cause for a worker group that died."""
+def _why(error: BaseException, nodes: set[str]) -> tuple[str, str]:
+    """One line and a cause for a worker group that died. `nodes`: where its workers were."""
     failures = getattr(error, "worker_failures", None) or {}
     texts = [str(e) for e in failures.values() if str(e).strip()] or [str(error)]
     whole = "\n".join([str(error), *texts])
     if any(words in whole for words in ("OutOfMemoryError", "memory on the node", "out of memory")):
         return "Ray or the system ended a worker for want of memory", "out_of_memory"
+    if cluster.was_preempted(error, nodes):
+        return "its node is gone", "preempted"
     lines = [line.strip() for line in texts[0].splitlines() if line.strip()]
     return (lines[-1] if lines else type(error).__name__)[:300], "error"

@@ -172,7 +172,7 @@ def _run_on_ray(
             announce("starting workers (they load the models once, for all trials)")
             try:
                 with Progress(config, console, trials_planned(config, space), slots, records) as progress:
-                    run_trials(config, space, sources, records, slots, progress, lost)
+                    run_trials(config, space, sources, records, slots, progress, lost, plan.least_memory_bytes)
             finally:
                 if not lost.is_set():
                     write_records(config.folder, fold(Journal(config.folder).events()))

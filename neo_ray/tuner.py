@@ -13,9 +13,9 @@ from typing import Any
 import ray
 from ray import tune
 
-from neo_ray import checkpoints
+from neo_ray import checkpoints, cluster
 from neo_ray.adapters import scaling
-from neo_ray.board import Board
+from neo_ray.board import Board, kind_of
 from neo_ray.budget import SESSION, exhausted, hours_of
 from neo_ray.cluster import HEAD
 from neo_ray.config import SweepConfig
@@ -28,6 +28,7 @@ from neo_ray.schedulers import make_scheduler
 from neo_ray.searcher import StudySearch, open_study
 from neo_ray.settings import TrialConfig
 from neo_ray.slot import NAMESPACE, SlotJob, SlotRunner
+from neo_ray.slots import Keeper
 from neo_ray.space import Space
 from neo_ray.trials import Setting, settings_to_run, trial_id
 
@@ -46,11 +47,14 @@ def run_trials(
     slots: int,
     progress: Progress,
     lost: threading.Event,
+    worker_bytes: int = 0,
 ) -> None:
     """Run what is still to be run of a sweep. Returns when all trials have ended; the journal holds what happened.
 
     Args:
         records: what the journal holds so far.
+        slots: how many there may be at once as the cluster is now.
+        worker_bytes: what a worker of the largest trial takes, where known: for nodes that come later.
         lost: set when the folder is another driver's: nothing more is written.
 
     Raises:
@@ -66,16 +70,22 @@ def run_trials(
     )
     recorder = _Recorder(config, space, records, board, progress, lost)
     folder, silence_seconds = str(config.folder.resolve()), 60 * config.resources.silence_minutes
-    runners = [
-        SlotRunner(SlotJob(slot, name, sources, folder, silence_seconds), config.resources, board, progress.say)
-        for slot in range(min(slots, remaining))
-    ]
-    for thread in (recorder, *runners):
-        thread.start()
-    watchdog = threading.Thread(target=_watch, args=(runners, recorder), daemon=True)
+    alone = not config.resources.address
+
+    def make(slot: int) -> SlotRunner:
+        return SlotRunner(SlotJob(slot, name, sources, folder, silence_seconds), config.resources, board, progress.say)
+
+    def look() -> tuple[int, set[str]]:
+        return cluster.places(config.resources, cluster.present(alone=alone), worker_bytes), cluster.draining()
+
+    keeper = Keeper(board, make, slots, look, progress.say)
+    recorder.start()
+    keeper.begin(remaining)
+    keeper.start()
+    watchdog = threading.Thread(target=_watch, args=(keeper, recorder), daemon=True)
     watchdog.start()
     try:
-        _fit(config, space, records, given, remaining, name, len(runners), recorder)
+        _fit(config, space, records, given, remaining, name, keeper, recorder)
         recorder.wait_until_all_ended()
     except KeyboardInterrupt:
         if recorder.failed is None:  # pressed, as opposed to the watchdog's
@@ -85,15 +95,15 @@ def run_trials(
             raise
     finally:
         if not lost.is_set():
-            _end(runners, recorder, board)
+            _end(keeper, recorder, board)
     if recorder.failed is not None:
         raise SweepFailed(recorder.failed)
 
 
-def _end(runners: list[SlotRunner], recorder: _Recorder, board: Any) -> None:
+def _end(keeper: Keeper, recorder: _Recorder, board: Any) -> None:
     """Slots put their trials and models away, and only then nobody listens any more. A slot that waits for a node is left."""
-    recorder.ending = True
-    for runner in runners:
+    recorder.ending = keeper.closing = True
+    for runner in keeper.runners:
         runner.closing = True
     deadline = time.monotonic() + SECONDS_TO_END
     try:
@@ -101,7 +111,7 @@ def _end(runners: list[SlotRunner], recorder: _Recorder, board: Any) -> None:
     except ray.exceptions.RayError:
         logging.getLogger("neo_ray").warning("the board did not answer at the end")
         asked = set()
-    for runner in runners:
+    for runner in keeper.runners:
         if runner.job.slot in asked:
             runner.join(timeout=max(0.0, deadline - time.monotonic()))
     recorder.closing = True
@@ -115,19 +125,28 @@ def _fit(
     given: list[Setting],
     remaining: int,
     board: str,
-    slots: int,
+    keeper: Keeper,
     recorder: _Recorder,
 ) -> None:
     resumed = {record.id for record in records}
     numbers = iter(range(len(records) + sum(trial not in resumed for trial, _, _ in given), 10**6))
     study = open_study(config, space, records)
-    search = StudySearch(config, space, study, given, lambda: trial_id(next(numbers)), recorder.started, recorder.may_begin)
+    search = StudySearch(
+        config,
+        space,
+        study,
+        given,
+        next_id=lambda: trial_id(next(numbers)),
+        on_start=recorder.started,
+        may_begin=recorder.may_begin,
+        room=lambda: keeper.room,
+    )
     tuner = tune.Tuner(
         tune.with_resources(Relay, HEAD),
         param_space={"board": board},
         tune_config=tune.TuneConfig(
             num_samples=remaining,
-            max_concurrent_trials=slots,
+            max_concurrent_trials=remaining,  # the search gives out no more than the slots take
             search_alg=search,
             scheduler=make_scheduler(config, records),
             reuse_actors=True,
@@ -158,7 +177,9 @@ class Relay(tune.Trainable):
 
         self.board = ray.get_actor(config["board"], namespace=NAMESPACE)
         self.trial, self.seen, self.waiting = config["trial"], 0, []  # type: ignore[var-annotated]
-        ray.get(self.board.submit.remote(self.trial, {"config": json.loads(config["config"])}))
+        job = json.loads(config["config"])
+        kind = kind_of(TrialConfig.model_validate(job))
+        ray.get(self.board.submit.remote(self.trial, {"config": job, "kind": kind}))
 
     def step(self) -> dict[str, Any]:
         """The next evaluation, or the end."""
@@ -293,11 +314,11 @@ class _Recorder(threading.Thread):
             self.progress.update(self.records[trial], kind)
 
 
-def _watch(runners: list[SlotRunner], recorder: _Recorder) -> None:
+def _watch(keeper: Keeper, recorder: _Recorder) -> None:
     """When no slot is left alive while trials wait, the sweep cannot go on: say why and stop Tune."""
     while not recorder.ending:
         time.sleep(1)
-        if not recorder.ending and not any(runner.is_alive() for runner in runners):
-            error = next((r.error for r in runners if r.error), "all slots ended")
+        error = keeper.given_up
+        if not recorder.ending and error is not None:
             recorder.give_up(f"workers cannot be kept alive: {error}; their logs: {recorder.config.folder / 'logs'}")
             return

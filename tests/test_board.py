@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from neo_ray.board import Board
+from neo_ray.board import MAX_PASSED_OVER, MAX_PREEMPTIONS, Board
 from neo_ray.records import Stop
 
 CONFIG = {"training": {"micro_batch_size": "auto"}}
@@ -192,5 +192,69 @@ def test_a_trial_whose_tune_side_died_is_a_failure_and_not_a_decision() -> None:
         assert (end["state"], end["cause"], end["error"]) == ("FAILED", "error", "its Tune trial died")
         assert kinds(board, "0000") == ["end"]
         assert await board.slot_lost(0, "x", "error") == (None, 1), "one trial ended in this slot"
+
+    on_a_board(story)
+
+
+def test_a_node_that_left_counts_as_no_failure_of_its_trial() -> None:
+    async def story(board: Board) -> None:
+        for _ in range(5):
+            assert (await board.take(0))[0] == "0000"
+            await board.slot_lost(0, "its node is gone", "preempted")
+        assert kinds(board, "0000") == ["attempt"] * 5 and not board.failures
+        assert {item["cause"] for item in board.items["0000"]} == {"preempted"}
+        board.preemptions["0000"] = MAX_PREEMPTIONS
+        await board.take(0)
+        await board.slot_lost(0, "its node is gone", "preempted")
+        end = board.items["0000"][-1]
+        assert (end["kind"], end["state"], end["cause"]) == ("end", "FAILED", "preempted")
+
+    on_a_board(story)
+
+
+def test_a_drained_slot_puts_its_trial_away_at_once_and_takes_no_other() -> None:
+    async def story(board: Board) -> None:
+        await board.begin(0)
+        await board.joined(0, "node")
+        assert await board.state() == (2, {0: {"node"}})
+        await board.take(0)
+        listening = asyncio.create_task(board.when_stopped("0000"))
+        await asyncio.sleep(0.01)
+        await board.let_go(0, "drained")
+        assert await asyncio.wait_for(listening, 1) == Stop.INTERRUPTED
+        await board.leave(0, "0000")
+        assert await board.take(0) == ("closed", None) and await board.why_left(0) == "drained"
+        assert board.items["0000"][-1]["cause"] == "preempted"
+        assert (await board.take(1))[0] == "0000", "it goes on elsewhere, first of all"
+
+    on_a_board(story)
+
+
+def test_a_recycled_slot_ends_after_its_trial_and_may_begin_again() -> None:
+    async def story(board: Board) -> None:
+        await board.take(0)
+        await board.let_go(0, "recycled")
+        assert await board.when_stopped("nobody") == Stop.NO
+        assert board._may_stay("0000"), "the trial runs to its end"
+        await board.finish(0, "0000", {"state": "COMPLETE"})
+        assert await board.take(0) == ("closed", None)
+        await board.begin(0)
+        assert (await board.take(0))[0] == "0001"
+        assert await board.why_left(0) is None
+
+    on_a_board(story)
+
+
+def test_a_slot_takes_trials_that_its_models_serve_before_others_a_bounded_number_of_times() -> None:
+    async def story(board: Board) -> None:
+        for number in range(2, 2 + 2 * MAX_PASSED_OVER):
+            await board.submit(f"{number:04d}", {"config": CONFIG, "kind": "full"})
+        assert (await board.take(0, "adapter"))[0] == "0000", "none of its kind waits: the first"
+        taken = []
+        for _ in range(MAX_PASSED_OVER + 1):
+            taken.append((await board.take(1, "full"))[0])
+            await board.finish(1, taken[-1], {"state": "COMPLETE", "details": {"x": 1}})
+        assert taken == [f"{n:04d}" for n in range(2, 2 + MAX_PASSED_OVER)] + ["0001"]
+        assert board.items["0002"][-1]["details"]["waited_seconds"] >= 0
 
     on_a_board(story)

@@ -24,8 +24,8 @@ ROOMS = {
         "adapters alignment answers batches checkpoints chunked data devices evaluate filling local losses merging models parts "
         "placement prepare pruning quickstart scaling sources stores student teaching train"
     ),
-    "analysis": "card statistics effects evidence guidelines report",
-    "ray": "board builder cluster lease mirror progress schedulers searcher slot tuner",
+    "analysis": "card effects evidence guidelines report startup statistics",
+    "ray": "board builder cluster lease mirror progress schedulers searcher slot slots tuner",
     "doors": "analyze bench bench_loss bench_reader bench_step bench_turns export status sweep targets",
 }
 ROOM = {module: room for room, modules in ROOMS.items() for module in modules.split()}
@@ -36,7 +36,7 @@ TORCH = {"torch", "transformers", "peft", "deepspeed", "accelerate"}
 FORBIDDEN = {"facts": {*TORCH, "ray"}, "training": {"ray"}, "analysis": {*TORCH, "ray"}, "ray": set(), "doors": set()}
 WITHOUT_RAY = {"lease", "progress"}
 """They stand with ray, and need none of it: a lease is taken before Ray starts, and a bar is drawn without it."""
-        "analyze bench export status sweep targets "
+QUICK_DOORS = ("analyze", "bench", "export", "status", "sweep", "targets")
 """Doors that answer `--help`, `--dry-run` and a mistake in a file before anything heavy is imported."""
 
 

@@ -1,0 +1,126 @@
+"""Are there as many slots as trials need and the cluster holds? The keeper with slots that do nothing, on a board of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from neo_ray import slots
+from neo_ray.board import Board
+from neo_ray.slots import Keeper
+
+
+class Idle(threading.Thread):
+    """A slot that lives until it is told to end."""
+
+    def __init__(self, slot: int) -> None:
+        super().__init__(daemon=True)
+        self.job, self.error, self.broken = SimpleNamespace(slot=slot), "no weights", False
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        self.over.wait()
+
+    def end(self, broken: bool = False) -> None:
+        self.broken = broken
+        self.over.set()
+        self.join()
+
+
+class Called:
+    """A board whose methods are called as an actor's are."""
+
+    def __init__(self, board: Board) -> None:
+        self.board = board
+
+    def __getattr__(self, name: str) -> Any:
+        return SimpleNamespace(remote=lambda *given: asyncio.run(getattr(self.board, name)(*given)))
+
+
+@pytest.fixture
+def keeper(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(slots.ray, "get", lambda value, timeout=None: value)
+    said: list[str] = []
+    now = SimpleNamespace(places=2, leaving=set())
+    keeper: Any = Keeper(Called(Board(1)), Idle, 2, lambda: (now.places, now.leaving), said.append)  # type: ignore[arg-type]
+    keeper.now, keeper.said = now, said
+    yield keeper
+    for runner in keeper.runners:
+        runner.end()
+
+
+def submit(keeper: Any, count: int) -> None:
+    for number in range(count):
+        keeper.board.submit.remote(f"{number:04d}", {"config": {}})
+
+
+def numbers(keeper: Any) -> list[int]:
+    return [runner.job.slot for runner in keeper.alive]
+
+
+def test_no_more_slots_than_trials_nor_than_the_cluster_holds(keeper: Any) -> None:
+    keeper.keep()
+    assert numbers(keeper) == [], "no model is loaded for nothing"
+    submit(keeper, 1)
+    keeper.keep()
+    keeper.keep()
+    assert numbers(keeper) == [0]
+    submit(keeper, 5)
+    keeper.keep()
+    assert numbers(keeper) == [0, 1] and keeper.room == 2
+    keeper.now.places = 4
+    keeper.keep()
+    assert numbers(keeper) == [0, 1, 2, 3] and keeper.room == 4
+    assert keeper.said == ["the cluster holds 4 trials at a time now (2 before)"]
+
+
+def test_a_slot_whose_node_left_is_replaced_when_there_is_room(keeper: Any) -> None:
+    submit(keeper, 5)
+    keeper.keep()
+    keeper.now.places = 1
+    keeper.runners[0].end()
+    keeper.keep()
+    assert numbers(keeper) == [1]
+    keeper.now.places = 2
+    keeper.keep()
+    assert numbers(keeper) == [1, 2] and keeper.given_up is None
+
+
+def test_a_slot_on_a_node_that_is_about_to_leave_is_drained_and_replaced_at_once(keeper: Any) -> None:
+    submit(keeper, 2)
+    keeper.keep()
+    keeper.board.joined.remote(0, "spot")
+    keeper.now.leaving = {"spot"}
+    keeper.keep()
+    keeper.keep()
+    assert keeper.board.why_left.remote(0) == "drained" and keeper.board.why_left.remote(1) is None
+    assert keeper.said == ["slot 0 ends: its node is about to leave"]
+    assert numbers(keeper) == [0, 1, 2], "the first is still putting its trial away"
+
+
+def test_the_sweep_ends_only_when_nothing_can_be_kept_alive(keeper: Any) -> None:
+    submit(keeper, 5)
+    keeper.keep()
+    keeper.runners[0].end(broken=True)
+    keeper.keep()
+    assert numbers(keeper) == [1] and keeper.room == 1 and keeper.given_up is None, "its place stays empty"
+    keeper.runners[1].end(broken=True)
+    keeper.keep()
+    assert numbers(keeper) == [] and keeper.given_up == "no weights"
+
+
+def test_no_node_at_all_is_waited_for(keeper: Any) -> None:
+    submit(keeper, 5)
+    keeper.keep()
+    keeper.now.places = 0
+    for runner in list(keeper.runners):
+        runner.end()
+    keeper.keep()
+    assert numbers(keeper) == [] and keeper.given_up is None and keeper.room == 1
+    keeper.now.places = 2
+    keeper.keep()
+    assert numbers(keeper) == [2, 3]
