@@ -146,7 +146,11 @@ def _dtype_of_workers(config: SweepConfig, name: str) -> str:
 
     if name != "auto" or not (config.resources.address or config.resources.gpus_per_worker):
         return resolved()
-    worker = ray.remote(resolved).options(num_cpus=config.resources.cpus_per_worker, num_gpus=config.resources.gpus_per_worker)
+    worker = ray.remote(resolved).options(
+        num_cpus=config.resources.cpus_per_worker,
+        num_gpus=config.resources.gpus_per_worker,
+        accelerator_type=config.resources.accelerator_type,
+    )
     return ray.get(worker.remote())
 
 
@@ -231,6 +235,7 @@ def _fill(
     builder: Any = ray.remote(_Builder).options(
         num_cpus=resources.cpus_per_worker,
         num_gpus=resources.gpus_per_worker,
+        accelerator_type=resources.accelerator_type,
         runtime_env={"env_vars": {"OMP_NUM_THREADS": str(max(1, int(resources.cpus_per_worker)))}},
     )
     actors: list[Any] = []

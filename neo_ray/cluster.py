@@ -7,13 +7,15 @@ import math
 import os
 import signal
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from neo_ray.config import ResourcesConfig
+from neo_ray.mistakes import guess
 from neo_ray.settings import ConfigError
 
 HEAD = {"node:__internal_head__": 0.001}  # every cluster has it: light processes sit there and take no worker's CPU
@@ -37,7 +39,9 @@ class Node:
     """Ray's name of the accelerator's type."""
 
     def workers(self, resources: ResourcesConfig) -> int:
-        """How many workers fit."""
+        """How many workers fit; none where another accelerator was asked for."""
+        if resources.accelerator_type not in (None, self.accelerator):
+            return 0
         fits = self.cpus / resources.cpus_per_worker
         if resources.gpus_per_worker:
             fits = min(fits, self.gpus / resources.gpus_per_worker)
@@ -109,7 +113,7 @@ def present(started_here: bool = False, alone: bool = False) -> Capacity:
     import ray
 
     going = draining()
-    nodes = tuple(_node(node) for node in ray.nodes() if node["Alive"] and node["NodeID"] not in going)
+    nodes = tuple(_kind(node["Resources"]) for node in ray.nodes() if node["Alive"] and node["NodeID"] not in going)
     return Capacity(nodes, () if alone else nodes_on_demand(len(nodes)), started_here)
 
 
@@ -165,7 +169,7 @@ def concurrency(resources: ResourcesConfig, capacity: Capacity) -> int:
     nodes = (*capacity.nodes, *capacity.coming)
     if resources.nodes_on_demand and resources.concurrency != "auto":
         return resources.concurrency
-    fits = sum(node.workers(resources) for node in nodes) // resources.workers_per_trial
+    fits = _whole_trials(resources, (node.workers(resources) for node in nodes))
     if fits < 1:
         raise ConfigError(_why_not_one(resources, nodes))
     if resources.concurrency == "auto":
@@ -205,7 +209,9 @@ def fit_memory(resources: ResourcesConfig, capacity: Capacity, worker_bytes: int
     )
     if resources.gpus_per_worker:
         share = min(1.0, resources.gpus_per_worker)
-        have = share * max((DEVICE_BYTES.get(n.accelerator or "", math.inf) for n in capacity.nodes if n.gpus), default=math.inf)
+        have = share * max(
+            (DEVICE_BYTES.get(n.accelerator or "", math.inf) for n in capacity.nodes if n.workers(resources)), default=math.inf
+        )
         if worker_bytes > have:
             raise ConfigError(
                 f"resources.gpus_per_worker: {needed}, and its share of a GPU here is {have / 1e9:.1f} GB; {change}"
@@ -214,7 +220,7 @@ def fit_memory(resources: ResourcesConfig, capacity: Capacity, worker_bytes: int
     nodes = [node for node in (*capacity.nodes, *capacity.coming) if node.workers(resources)]
     if not nodes or not all(node.memory_bytes for node in nodes):
         return slots
-    fits = sum(min(n.workers(resources), int(n.memory_bytes // worker_bytes)) for n in nodes) // resources.workers_per_trial
+    fits = _whole_trials(resources, (min(n.workers(resources), int(n.memory_bytes // worker_bytes)) for n in nodes))
     if fits < 1:
         have = max(node.memory_bytes for node in nodes)
         raise ConfigError(
@@ -231,19 +237,26 @@ def builders(resources: ResourcesConfig, capacity: Capacity, builder_bytes: int,
     return fit_memory(alone, capacity, builder_bytes, slots * resources.workers_per_trial)
 
 
-def _node(found: dict[str, Any]) -> Node:
-    offered = found["Resources"]
-    kinds = [name.removeprefix("accelerator_type:") for name in offered if name.startswith("accelerator_type:")]
-    return replace(_kind(offered), accelerator=kinds[0] if kinds else None)
-
-
 def _kind(offered: dict[str, Any]) -> Node:
-    return Node(float(offered.get("CPU", 0)), float(offered.get("GPU", 0)), float(offered.get("memory", 0)))
+    """A node from Ray's names of what it offers."""
+    types = [name.removeprefix("accelerator_type:") for name in offered if name.startswith("accelerator_type:")]
+    cpus, gpus, memory_bytes = (float(offered.get(name, 0)) for name in ("CPU", "GPU", "memory"))
+    return Node(cpus, gpus, memory_bytes, types[0] if types else None)
+
+
+def _whole_trials(resources: ResourcesConfig, workers_of_nodes: Iterable[int]) -> int:
+    """Trials that so many places for workers, node by node, make."""
+    if resources.placement_strategy == "STRICT_PACK":
+        return sum(workers // resources.workers_per_trial for workers in workers_of_nodes)
+    return sum(workers_of_nodes) // resources.workers_per_trial
 
 
 def _why_not_one(resources: ResourcesConfig, nodes: tuple[Node, ...]) -> str:
     """No trial fits: what is asked for and not there."""
     gpus, cpus = (sum(getattr(node, name) for node in nodes) for name in ("gpus", "cpus"))
+    types, asked = sorted({node.accelerator for node in nodes if node.accelerator}), resources.accelerator_type
+    if asked is not None and asked not in types:
+        return f"resources.accelerator_type: no node has {asked}{guess(asked, types)}; there are: {', '.join(types) or 'none'}"
     wanted_gpus = resources.gpus_per_worker * resources.workers_per_trial
     wanted_cpus = resources.cpus_per_worker * resources.workers_per_trial
     if gpus < wanted_gpus:
@@ -255,6 +268,10 @@ def _why_not_one(resources: ResourcesConfig, nodes: tuple[Node, ...]) -> str:
     if cpus < wanted_cpus:
         return f"resources.cpus_per_worker: a trial takes {wanted_cpus:g} CPUs and the cluster has {cpus:g}"
     places, wanted = sum(node.workers(resources) for node in nodes), resources.workers_per_trial
+    if places >= wanted:  # on several nodes
+        most = max(node.workers(resources) for node in nodes)
+        strategy = resources.placement_strategy
+        return f"resources.placement_strategy: {strategy} puts the {wanted} workers of a trial on one node, and {most} fit on one"
     worker = f"{resources.cpus_per_worker:g} CPUs and {resources.gpus_per_worker:g} GPUs"
     return f"resources.workers_per_trial: a trial takes {wanted} workers, and {places} fit on the nodes ({worker} each)"
 

@@ -164,6 +164,10 @@ class ResourcesConfig(Section):
     gpus_per_worker: float = Field(0, ge=0)
     """GPUs of a worker; a fraction packs several trials on a GPU (one worker a trial then)."""
     cpus_per_worker: float = Field(1, gt=0)
+    accelerator_type: str | None = None
+    """Only nodes with this accelerator take workers, by Ray's name of it (`A100`, `L4`, …); for clusters of several kinds."""
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK"] = "PACK"
+    """Where the workers of one trial go: together where they fit, one a node where they can, or on one node in any case."""
     concurrency: int | Literal["auto"] = "auto"
     """Trials at the same time; `auto` fills the cluster."""
     nodes_on_demand: bool = False

@@ -290,7 +290,11 @@ class SlotRunner(threading.Thread):
             train_loop_config={"job": self.job},
             torch_config=ray.train.torch.TorchConfig(backend="nccl" if use_gpu else "gloo"),
             scaling_config=ray.train.ScalingConfig(
-                num_workers=self.resources.workers_per_trial, use_gpu=use_gpu, resources_per_worker=per_worker
+                num_workers=self.resources.workers_per_trial,
+                use_gpu=use_gpu,
+                resources_per_worker=per_worker,
+                accelerator_type=self.resources.accelerator_type,
+                placement_strategy=self.resources.placement_strategy,
             ),
             run_config=RunConfig(  # type: ignore[arg-type]  # Train V2's own
                 name=f"slot-{self.job.slot}-{time.time_ns()}",

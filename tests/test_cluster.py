@@ -28,6 +28,9 @@ def resources(**changes: Any) -> ResourcesConfig:
         ({"gpus_per_worker": 0.25, "cpus_per_worker": 2}, (GPU,), 4),
         ({"gpus_per_worker": 1, "cpus_per_worker": 4, "workers_per_trial": 2}, (HEAD, GPU, GPU, GPU), 1),
         ({"concurrency": 1}, (Node(4),), 1),
+        ({"gpus_per_worker": 1, "accelerator_type": "L40S"}, (GPU, Node(8, 4, 0, "A100"), GPU), 2),
+        ({"workers_per_trial": 2, "placement_strategy": "STRICT_PACK"}, (Node(3), Node(3)), 2),
+        ({"workers_per_trial": 2, "placement_strategy": "SPREAD"}, (Node(3), Node(3)), 3),
     ],
 )
 def test_slots_are_counted_by_workers_that_fit_on_nodes(asked: dict[str, Any], nodes: tuple[Node, ...], slots: int) -> None:
@@ -45,6 +48,17 @@ def test_slots_are_counted_by_workers_that_fit_on_nodes(asked: dict[str, Any], n
         ({"gpus_per_worker": 2}, (GPU,), "resources.gpus_per_worker: a trial takes 2 GPUs and there are 1"),
         ({"cpus_per_worker": 16}, (Node(8),), "resources.cpus_per_worker: a trial takes 16 CPUs and the cluster has 8"),
         ({"cpus_per_worker": 6}, (Node(4), Node(4)), "resources.workers_per_trial: a trial takes 1 workers, and 0 fit"),
+        (
+            {"gpus_per_worker": 1, "accelerator_type": "L40"},
+            (GPU, Node(8, 1, 0, "A100")),
+            "resources.accelerator_type: no node has L40 (did you mean `L40S`?); there are: A100, L40S",
+        ),
+        ({"accelerator_type": "L4"}, (Node(8),), "resources.accelerator_type: no node has L4; there are: none"),
+        (
+            {"workers_per_trial": 3, "placement_strategy": "STRICT_PACK"},
+            (Node(2), Node(2)),
+            "resources.placement_strategy: STRICT_PACK puts the 3 workers of a trial on one node, and 2 fit on one",
+        ),
         ({"concurrency": 5}, (Node(4),), "resources.concurrency: 5 trials at a time were asked for and 4 fit"),
     ],
 )
