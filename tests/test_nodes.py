@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ from neo_ray.records import TrialRecord, load_records
 
 pytestmark = [pytest.mark.cluster]
 
-STEPS = 160
+STEPS = 800
 LONG: dict[str, Any] = {
     "training": {"steps": STEPS, "batch_size": 4, "micro_batch_size": 2, "dtype": "fp32"},
     "scheduler": {"name": "none"},
@@ -34,15 +36,18 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     patch.setenv("RAY_health_check_timeout_ms", "500")
     folder = tmp_path_factory.mktemp("r")
     patch.setenv("HOME", str(folder))
+    short = tempfile.mkdtemp(prefix="nodes-", dir="/tmp")  # a socket's path has at most 107 characters
+    patch.setenv("RAY_TMPDIR", short)  # else every Ray that is started on this machine meanwhile joins this cluster
     cluster = Cluster()
-    cluster.add_node(num_cpus=0, include_dashboard=True, dashboard_port=8399, temp_dir=f"/tmp/nodes-{time.time_ns()}")
+    cluster.add_node(num_cpus=0, include_dashboard=True, dashboard_port=8399)
     yield cluster
     ray.shutdown()
     cluster.shutdown()
+    shutil.rmtree(short, ignore_errors=True)
     patch.undo()
 
 
-def wait_for(condition: Callable[[], object], process: Any, seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], object], process: Any, seconds: float = 200) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None and time.monotonic() < deadline, finish(process)
@@ -94,7 +99,7 @@ def test_a_node_that_is_told_to_leave_loses_no_step_though_it_was_the_last(
     from ray.core.generated import autoscaler_pb2
 
     spot = cluster.add_node(num_cpus=1)
-    longer = {"training": {**LONG["training"], "steps": 600}, "evaluation": {"points": 2}}
+    longer = {"training": {**LONG["training"], "steps": 1200}, "evaluation": {"points": 2}}
     process = start(file_of(tiny_world, tmp_path, cluster.address, trials=2, **longer))
     log = tmp_path / "results" / "tiny" / "logs" / "slot-0-rank-0.log"
     wait_for(lambda: log.exists() and "trial 0000 begins" in log.read_text() and rungs(tmp_path) == [1], process)
@@ -109,6 +114,6 @@ def test_a_node_that_is_told_to_leave_loses_no_step_though_it_was_the_last(
     first, other = records_of(tmp_path)
     assert (first.state, other.state) == ("COMPLETE", "COMPLETE"), text
     assert [lost["cause"] for lost in first.lost_attempts] == ["preempted"] and not other.lost_attempts
-    assert 300 < first.details["resumed_from_step"] < 600, "from the step it was in, and not from an evaluation"
+    assert 600 < first.details["resumed_from_step"] < 1200, "from the step it was in, and not from an evaluation"
     assert "slot 0 ends: its node is about to leave" in text and "slot 0 lost its workers" not in text
     cluster.remove_node(second, allow_graceful=False)

@@ -8,9 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
+from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
+from ray.train.v2.api.preemption import PreemptionInfo
 
-from neo_ray import slots
+from neo_ray import slot, slots
 from neo_ray.board import Board
+from neo_ray.cluster import was_preempted
 from neo_ray.slots import Keeper
 
 
@@ -124,3 +128,28 @@ def test_no_node_at_all_is_waited_for(keeper: Any) -> None:
     keeper.now.places = 2
     keeper.keep()
     assert numbers(keeper) == [2, 3]
+
+
+def test_a_slot_is_replaced_when_its_memory_creeps(monkeypatch: pytest.MonkeyPatch, keeper: Any) -> None:
+    resident = [2.0, 3.4, 9.0, 3.6]
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=int(1e9 * resident.pop(0))))
+    monkeypatch.setattr(slot.psutil, "Process", lambda: process)
+    worker = slot.Worker(keeper.board, SimpleNamespace(slot=7), 0, None)  # type: ignore[arg-type]
+    for shape, why in (("lora", None), ("lora", None), ("full", None), ("lora", "recycled")):
+        worker._watch_memory(shape)
+        assert keeper.board.why_left.remote(7) == why, "1.5 × 2.0 GB and 0.5 GB are 3.5 GB"
+
+
+def test_a_death_with_its_node_is_told_from_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive = [{"NodeID": "a", "Alive": True}, {"NodeID": "b", "Alive": False}]
+    monkeypatch.setattr(ray, "nodes", lambda: alive)
+    monkeypatch.setattr("neo_ray.cluster.draining", lambda: {"c"})
+    assert was_preempted(RuntimeError("x"), {"a", "b"}) and was_preempted(RuntimeError("x"), {"c"})
+    assert not was_preempted(RuntimeError("x"), {"a"}) and not was_preempted(RuntimeError("x"), set())
+    assert was_preempted(PreemptionError(PreemptionInfo(None, {"a": [0]})), {"a"})
+    died, gone = ray.exceptions.ActorDiedError(), ray.exceptions.ActorDiedError()
+    gone._preempted = True
+    assert not was_preempted(WorkerGroupError("x", {0: died}), {"a"}) and was_preempted(WorkerGroupError("x", {0: gone}), {"a"})
+    silent = WorkerGroupError("x", {0: ray.exceptions.ActorUnavailableError("x", None)})
+    monkeypatch.setattr("neo_ray.cluster.time.sleep", lambda seconds: alive[0].update(Alive=False))
+    assert was_preempted(silent, {"a"}), "known to be dead only at the second look"
