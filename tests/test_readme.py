@@ -73,6 +73,7 @@ def words_of(cell: str) -> list[str]:
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The repository's files with a results folder of its quickstart: records, no adapters."""
+    from neo_ray.mirror import Mirror
     from neo_ray.searcher import open_study
 
     folder = tmp_path_factory.mktemp("checkout")
@@ -85,7 +86,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = [{"rank": (4, 16, 64)[i % 3], "alpha": 32.0, "learning_rate": 1e-3 * (i + 1), "kd_ratio": 0.5} for i in range(9)]
     write_records(results, [trial(f"{i:04d}", params, 4.7 + i / 100) for i, params in enumerate(settings)])
     (results / "sweep.yaml").write_text(dump(config), encoding="utf-8")
-    open_study(config, build_space(config), [])
+    Mirror(config, open_study(config, build_space(config), []), print).follow()
     (folder / "trial.yaml").write_text(dump(config.model_copy(update={"name": "trial"})), encoding="utf-8")
     (folder / "mine.yaml").write_text(next(block for block in blocks(README, "yaml") if "name: mine" in block), encoding="utf-8")
     (folder / "conversations.jsonl").write_text(blocks(README, "json")[0].splitlines()[0], encoding="utf-8")
