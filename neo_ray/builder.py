@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import shutil
 import time
 import uuid
 from collections import deque
@@ -31,7 +30,6 @@ from neo_ray.supply import Supply, row_bytes
 Announce = Callable[[str], None]
 SECONDS_BETWEEN_WORDS = 10.0
 WAITING = "waiting for another sweep, which fills the same store of targets"
-SPARE = 1.1  # of a disk, beyond the store itself
 
 
 class TargetsFailed(RuntimeError):
@@ -98,15 +96,8 @@ def _describe(config: SweepConfig, source: TargetSource, data: TokenData, cut: l
     """What a local store is, for people and for `neo_ray.targets`."""
     if not isinstance(source.place, Path):
         return
-    assert config.teacher is not None
-    prune = config.student.prune
-    names = {
-        "recipe": dataclasses.asdict(source.recipe),
-        "teacher": config.teacher.model,
-        "student": config.student.model if prune is None else f"the teacher with {prune.num_layers} layers",
-        "data": config.data.source,
-        "bytes_of_row": source.bytes_of_row,
-    }
+    facts = {"recipe": dataclasses.asdict(source.recipe), "bytes_of_row": source.bytes_of_row}
+    names = {**facts, **inventory.names_of(config)}
     rows = {shard.name: stores.num_rows(data.split(shard.split), shard) for shard in cut}
     inventory.describe(source.place, names, rows)
 
@@ -209,12 +200,7 @@ def _bytes_of_row(recipe: stores.Recipe, sources: Sources) -> int:
 
 def _check_disk(folder: Path, data: TokenData, lacking: list[stores.Shard], bytes_of_row: int) -> None:
     needed = bytes_of_row * sum(stores.num_rows(data.split(shard.split), shard) for shard in lacking)
-    free = shutil.disk_usage(folder).free
-    if needed * SPARE > free:
-        raise ConfigError(
-            f"storage.cache: the teacher's targets take {needed / 1e9:,.1f} GB and {folder.parent} has {free / 1e9:,.1f} GB; "
-            "name a larger disk, or targets.mode=live"
-        )
+    inventory.check_room(folder.parent, needed)
 
 
 def _fill(

@@ -13,10 +13,13 @@ from typing import Any
 
 import filelock
 
+from neo_ray.config import SweepConfig
 from neo_ray.records import write_atomically
+from neo_ray.settings import ConfigError
 
 RECIPE_FILE, USED = "recipe.json", "used"
 """In a store's folder: what it is, and a file whose time says when a sweep last took it."""
+SPARE = 1.1  # of a disk, beyond the store itself
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,12 @@ class Stored:
 
 def stores_in(cache: Path) -> list[Stored]:
     """The stores of a cache, by key."""
-    return [Stored(folder, facts_of(folder)) for folder in sorted((cache / "targets").glob("*/"))]
+    return [Stored(folder, facts_of(folder)) for folder in sorted(folder_of(cache).glob("*/"))]
+
+
+def folder_of(cache: Path) -> Path:
+    """Of a cache's stores."""
+    return cache / "targets"
 
 
 def facts_of(folder: Path) -> dict[str, Any]:
@@ -62,6 +70,14 @@ def facts_of(folder: Path) -> dict[str, Any]:
         return facts if isinstance(facts, dict) and "recipe" in facts else {}
     except (OSError, ValueError):
         return {}
+
+
+def names_of(config: SweepConfig) -> dict[str, str]:
+    """What a sweep's store calls its models and data; others may go by the same names."""
+    assert config.teacher is not None
+    prune = config.student.prune
+    student = str(config.student.model) if prune is None else f"the teacher with {prune.num_layers} layers"
+    return {"teacher": config.teacher.model, "student": student, "data": config.data.source}
 
 
 def describe(folder: Path, names: dict[str, Any], shards: dict[str, int]) -> None:
@@ -87,6 +103,22 @@ def bytes_in(folder: Path) -> int:
         with suppress(FileNotFoundError):
             total += path.stat().st_size
     return total
+
+
+def check_room(stores: Path, needed: int, are: str = "") -> None:
+    """Raises ConfigError where the disk has less free than a store takes.
+
+    Args:
+        stores: the folder of all stores, which need not be there yet.
+        needed: bytes; `are` says how sure that is.
+    """
+    here = next(path for path in (stores.absolute(), *stores.absolute().parents) if path.exists())
+    free = shutil.disk_usage(here).free
+    if needed * SPARE > free:
+        raise ConfigError(
+            f"storage.cache: the teacher's targets take {are}{needed / 1e9:,.1f} GB and {stores} has {free / 1e9:,.1f} GB; "
+            "name a larger disk, or targets.mode=live"
+        )
 
 
 def lock_of(folder: Path) -> filelock.BaseFileLock:

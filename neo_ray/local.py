@@ -8,6 +8,7 @@ from pathlib import Path
 from neo_ray import sources
 from neo_ray.assets import is_quickstart
 from neo_ray.config import SweepConfig
+from neo_ray.plan import make_plan
 from neo_ray.settings import ConfigError
 from neo_ray.shapes import model_shapes
 
@@ -31,6 +32,16 @@ def check_pruning(config: SweepConfig) -> None:
     teacher = model_shapes(config)[0]
     if teacher is not None and teacher.source == "config.json":
         check_layers(config, teacher.num_layers)
+
+
+def check_room(config: SweepConfig) -> None:
+    """Raises ConfigError where a store that was asked for will not fit the disk, as far as sizes can be told beforehand.
+
+    For a dry run alone: the run itself knows the sizes exactly.
+    """
+    reading = make_plan(config).reading
+    if reading is not None and config.targets.mode != "auto":
+        reading.check_room(config)
 
 
 CHECKS = (check_data, check_models, check_pruning)

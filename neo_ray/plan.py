@@ -7,11 +7,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from neo_ray.assets import ASSETS, PREFIX, is_quickstart
+from neo_ray import estimate
+from neo_ray.assets import ASSETS, is_quickstart
 from neo_ray.cautions import cautions
 from neo_ray.config import SweepConfig
+from neo_ray.estimate import Certainty, Reading, reading_of, tokens_of_split
 from neo_ray.memory import CHUNK_BYTES, RUNTIME_BYTES, compute_bytes, memory_per_worker
 from neo_ray.settings import TrainingConfig, TrialConfig
 from neo_ray.shapes import ModelShape, cached_snapshot, model_shapes
@@ -19,10 +20,7 @@ from neo_ray.space import LENGTHS, Space, build_space
 from neo_ray.supply import Supply, choose
 from neo_ray.trials import trials_planned
 
-BYTES_PER_TOKEN = 4  # of English text under a vocabulary of 32,000 or more
 HUB_BYTES_PER_PARAMETER = 2  # published weights are bf16 or fp16 as a rule
-
-Certainty = Literal["exact", "at most", "about"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,8 @@ class Plan:
     least_memory_bytes: int
     """What that trial's worker cannot do with less than: where `micro_batch_size` is `auto`, with one sequence at a time."""
     supply: Supply
+    reading: Reading | None
+    """Of the teacher, for a store; None where there is none, or the size of the data is not known yet."""
     concurrency: str
     writes: tuple[str, ...]
     downloads: tuple[str, ...]
@@ -88,10 +88,12 @@ def make_plan(
     supply = supply or choose(config, space)
     largest, memory, least = _largest_trial(config, space, teacher, student, supply)
     tokens, certainty = _tokens(config, space, prepared)
+    num_trials, reading = trials_planned(config, space), reading_of(config, supply, teacher, student, memory.get("teacher", 0))
+    at_most = None if tokens is None else num_trials * tokens[1]
     return Plan(
         config=config,
         space=space,
-        num_trials=trials_planned(config, space),
+        num_trials=num_trials,
         teacher=teacher,
         student=student,
         tokens_per_trial=tokens,
@@ -100,10 +102,11 @@ def make_plan(
         largest=largest,
         least_memory_bytes=least,
         supply=supply,
+        reading=reading,
         concurrency=_concurrency(config),
         writes=tuple(_writes(config)),
         downloads=tuple(_downloads(config, teacher, student)),
-        warnings=(*cautions(config, space, overrides), *_not_fitting(config, memory)),
+        warnings=(*cautions(config, space, overrides), *_not_fitting(config, memory), *estimate.notes(config, reading, at_most)),
     )
 
 
@@ -161,16 +164,9 @@ def ends(space: Space, name: str) -> list[int | float]:
 
 
 def _estimated_tokens(config: SweepConfig) -> int | None:
-    """Tokens of one epoch, from the size of a local source (compressed ones hold more)."""
-    paths = _local_files(config)
-    if not paths:
-        return None
-    data = config.data
-    share = 1 - data.select_fraction - data.report_fraction
-    tokens = share * sum(path.stat().st_size for path in paths) / BYTES_PER_TOKEN
-    caps = [share * data.limit * data.max_length] if data.limit else []
-    caps += [data.train_limit * data.max_length] if data.train_limit else []
-    return max(1, round(min([tokens, *caps])))
+    """Tokens of one epoch, where the source is here."""
+    found = tokens_of_split(config, "train") if estimate.local_files(config) else None
+    return found[0] if found else None
 
 
 def _largest_trial(
@@ -310,14 +306,11 @@ def _is_here(name: str) -> bool:
     return is_quickstart(name) or name.startswith(("/", "./", "../", "~")) or Path(name).exists()
 
 
-def _local_files(config: SweepConfig) -> list[Path]:
-    path = Path(config.data.source).expanduser()
-    if is_quickstart(config.data.source):
-        name = config.data.source.removeprefix(PREFIX)
-        return sorted((config.cache / "quickstart").glob(f"*/{name}.jsonl"))[-1:]
-    return [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path] if path.is_file() else []
-
-
 def size_text(num_bytes: float) -> str:
     """`1.8 GB`, `403 MB`."""
     return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.0f} MB" if num_bytes >= 1e6 else "< 1 MB"
+
+
+def time_text(seconds: float) -> str:
+    """`3.2 h`, `12 min`."""
+    return f"{seconds / 3600:,.1f} h" if seconds >= 3600 else f"{seconds / 60:,.0f} min" if seconds >= 60 else "< 1 min"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from neo_ray.budget import amount
 from neo_ray.config import SweepConfig
 from neo_ray.memory import adapter_parameters
-from neo_ray.plan import Plan, ends, size_text
+from neo_ray.plan import Plan, ends, size_text, time_text
 from neo_ray.shapes import ModelShape
-from neo_ray.supply import row_bytes
+from neo_ray.supply import bytes_of_row
 from neo_ray.trials import MODELLING, fixed_settings
 
 
@@ -27,7 +27,7 @@ def render(plan: Plan) -> str:
         ("at once", [plan.concurrency]),
         ("tokens", [_tokens_text(plan), *_price(plan)]),
         ("budget", _budget(config)),
-        ("targets", [_targets(plan)]),
+        ("targets", _targets(plan)),
         ("memory", _memory(plan)),
         ("writes", list(plan.writes)),
         ("downloads", list(plan.downloads) or ["nothing"]),
@@ -125,15 +125,28 @@ def _budget(config: SweepConfig) -> list[str]:
     return [", ".join(f"{name.replace('_', ' ')} {amount(value)}" for name, value in limits.items())] if limits else []
 
 
-def _targets(plan: Plan) -> str:
-    """How the teacher's word comes to the trials."""
-    supply, shapes = plan.supply, (plan.student, plan.teacher)
+def _targets(plan: Plan) -> list[str]:
+    """How the teacher's word comes to the trials, and what a store of it takes."""
+    supply = plan.supply
     if supply.mode == "live":
-        return f"the teacher runs in every trial: {supply.why}"
-    shape = shapes[0] if supply.mode == "projection" else shapes[1]
-    width = min(supply.top_k, shape.vocab_size if shape else supply.top_k) or (shape.hidden_size if shape else 0)
-    size = f", {row_bytes(supply.mode, width):,} bytes a labelled token" if width else ""
-    return f"the teacher runs once for all trials ({supply.mode}{size}): {supply.why}"
+        return [f"the teacher runs in every trial: {supply.why}"]
+    row = bytes_of_row(supply, plan.teacher, plan.student)
+    size = f", {row:,} bytes a labelled token" if row else ""
+    return [f"the teacher runs once for all trials ({supply.mode}{size}): {supply.why}", _reading(plan)]
+
+
+def _reading(plan: Plan) -> str:
+    reading = plan.reading
+    if reading is None:
+        return "how much it reads is known once the data is prepared"
+    text = f"it reads {reading.are} {reading.num_tokens:,} tokens"
+    if reading.num_bytes is not None:
+        text += f"; {reading.are} {size_text(reading.num_bytes)} in storage.cache if all of them are scored"
+    if reading.bytes_there:
+        text += f", of which {size_text(reading.bytes_there)} may be there"
+    if reading.seconds is not None:
+        text += f"; about {time_text(reading.seconds)} at the {reading.tokens_per_second:,.0f} tokens/s of its last store"
+    return text
 
 
 def _memory(plan: Plan) -> list[str]:

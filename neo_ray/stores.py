@@ -29,10 +29,10 @@ from neo_ray import models, staging
 from neo_ray.data import Split, TokenData
 from neo_ray.storage import Folder, Remote
 from neo_ray.storage import checksum as _checksum
+from neo_ray.supply import SHARD_BYTES
 
 FORMAT_VERSION = 1
 """Raise it with any change that gives other numbers or other files."""
-SHARD_BYTES = 2**26
 PART, HEAD = ".part-", "head"
 """Beginning of the names of files that are not whole yet; name of the teacher's head."""
 Mode = Literal["projection", "hidden", "topk"]

@@ -8,10 +8,13 @@ from typing import Any, Literal
 
 from neo_ray.config import SweepConfig
 from neo_ray.settings import ConfigError
+from neo_ray.shapes import ModelShape
 from neo_ray.space import Space
 
 HEADS = ("lm_head", "embed_out", "output", "embed_tokens", "wte")
 """Layers that are a head, or are tied to one."""
+SHARD_BYTES = 2**26
+"""Of a file of a store."""
 
 
 BIAS = "all but k tokens count as one, so that divergences, select_kl and report_kl are lower bounds of the whole ones"
@@ -39,6 +42,14 @@ def row_bytes(mode: str, width: int) -> int:
     if mode == "topk":
         return (2 + 4) * width + 4
     return 2 * width + (4 if mode == "projection" else 0)
+
+
+def bytes_of_row(supply: Supply, teacher: ModelShape | None, student: ModelShape | None) -> int | None:
+    """As `row_bytes`, for the models of a sweep; None where the size of the one that counts is not known."""
+    if supply.mode == "topk":
+        return row_bytes("topk", min(supply.top_k, teacher.vocab_size) if teacher else supply.top_k)
+    shape = student if supply.mode == "projection" else teacher
+    return row_bytes(supply.mode, shape.hidden_size) if shape else None
 
 
 def choose(config: SweepConfig, space: Space, soft_cap: float | None = None) -> Supply:

@@ -48,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         config = _load(asked.file, asked.overrides, asked.address)
         if asked.dry_run:
             print(render(make_plan(config, overrides=asked.overrides)))
-            for check in (lambda _: _check_same_sweep(config, asked.fresh), _check_accelerator, _check_earlier, *local.CHECKS):
+            checks = (_check_accelerator, _check_earlier, *local.CHECKS, local.check_room)
+            for check in (lambda _: _check_same_sweep(config, asked.fresh), *checks):
                 try:
                     check(config)
                 except ConfigError as error:
