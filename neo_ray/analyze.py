@@ -10,10 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from neo_ray import uploads
 from neo_ray.config import SweepConfig
 from neo_ray.loading import load
 from neo_ray.records import Journal, TrialRecord, load_records, write_atomically, write_records
 from neo_ray.settings import ConfigError
+from neo_ray.storage import at
 from neo_ray.supply import BIAS
 
 if TYPE_CHECKING:
@@ -34,11 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m neo_ray.analyze", description="Guidelines and report from a sweep's records."
     )
-    parser.add_argument("path", type=Path, help="a results folder (results/<name>), or its trials.jsonl")
+    parser.add_argument("path", help="a results folder (results/<name>) or its URL, or a trials.jsonl")
     parser.add_argument("--out", type=Path, help="where to write; the results folder by default")
     arguments = parser.parse_args(argv)
     try:
-        analysis = analyse(arguments.path)
+        analysis = analyse(uploads.local_copy(arguments.path))
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -48,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     show(analysis, console)
     try:
         paths = write(analysis, arguments.out or analysis.folder)
+        if arguments.out is None:
+            uploads.publish(at(arguments.path), *uploads.REPORT)
     except OSError as error:
         print(f"error: {error.filename or arguments.out}: cannot be written ({error.strerror})", file=sys.stderr)
         return 2

@@ -10,6 +10,7 @@ from neo_ray.axes import show
 from neo_ray.config import SweepConfig
 from neo_ray.settings import trial_leaves
 from neo_ray.space import Space
+from neo_ray.storage import is_url
 from neo_ray.trials import MODELLING, chosen_settings, overruling
 from neo_ray.warm import LEARNING
 
@@ -174,7 +175,7 @@ def _data(config: SweepConfig, space: Space) -> Iterator[str]:
 def _cluster(config: SweepConfig, space: Space) -> Iterator[str]:
     if config.resources.address is not None:
         for key, path in (("path", config.storage.path), ("cache", config.storage.cache)):
-            if not Path(path).is_absolute():
+            if not Path(path).is_absolute() and not is_url(path):
                 yield f"storage.{key}: {path} is relative to each machine; on a cluster name a folder that all nodes see"
 
 

@@ -243,7 +243,7 @@ class TargetsConfig(Section):
 
 class StorageConfig(Section):
     path: str = "results"
-    """Results go to `<path>/<name>`; on a cluster a folder that all nodes see."""
+    """Results go to `<path>/<name>`; on a cluster a folder that all nodes see, or a URL of an object store (`s3://…`)."""
     cache: str = "~/.cache/neo_ray"
     """Tokenised data, pruned students, downloads; shared by sweeps. On a cluster a folder that all nodes see."""
     scratch: str | None = None
@@ -259,10 +259,15 @@ class StorageConfig(Section):
             raise ValueError("must be a database URL, e.g. postgresql://host/studies or sqlite:////shared/study.db")
         return value
 
-    @field_validator("path", "cache")
+    @field_validator("path")
+    @classmethod
+    def _a_place(cls, value: str) -> str:
+        return _known(value)
+
+    @field_validator("cache")
     @classmethod
     def _a_folder(cls, value: str) -> str:
-        """A URL would become a local folder of this name: trials write checkpoints and adapters with the means of a disk."""
+        """A URL would become a local folder of this name: libraries read models and data with the means of a disk."""
         if is_url(value):
             raise ValueError("must be a folder, not a URL; on a cluster one that all nodes see, e.g. a mounted bucket")
         return value
@@ -359,8 +364,13 @@ class SweepConfig(TrialConfig):
         return TrialConfig.model_validate({n: getattr(self, n) for n in TrialConfig.model_fields})
 
     @property
+    def results(self) -> Folder:
+        return at(self.storage.path, self.storage.scratch) / self.name
+
+    @property
     def folder(self) -> Path:
-        return Path(self.storage.path).expanduser() / self.name
+        """Where this machine writes results: their own folder, or one that is uploaded to an object store."""
+        return self.results if isinstance(self.results, Path) else self.results.here
 
     @property
     def cache(self) -> Path:

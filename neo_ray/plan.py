@@ -270,9 +270,10 @@ def _machine_memory_bytes() -> int | None:
 
 
 def _writes(config: SweepConfig) -> list[str]:
-    state = "exists: the sweep is continued" if config.folder.exists() else "new"
+    known = config.folder if isinstance(config.results, Path) else config.results / "sweep.yaml"
+    state = "exists: the sweep is continued" if known.exists() else "new"
     cache = f"{config.cache}: tokenised data{', the pruned student' if config.student.prune else ''}, downloads"
-    return [f"{config.folder} ({state}): resolved config, journal, trials, study, checkpoints, report, best.yaml", cache]
+    return [f"{config.results} ({state}): resolved config, journal, trials, study, checkpoints, report, best.yaml", cache]
 
 
 def _downloads(config: SweepConfig, teacher: ModelShape | None, student: ModelShape | None) -> list[str]:

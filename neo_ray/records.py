@@ -20,6 +20,8 @@ from typing import Any, Literal
 import fsspec
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from neo_ray.storage import Folder, Remote
+
 State = Literal["RUNNING", "COMPLETE", "PRUNED", "FAILED"]
 Cause = Literal["error", "out_of_memory", "diverged", "preempted", "hung"]
 
@@ -89,7 +91,8 @@ class TrialRecord(BaseModel):
 class Journal:
     """Append-only events of a sweep at a path or fsspec URL. One writer (the lease sees to that), any number of readers."""
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Folder) -> None:
+        self.remote = folder if isinstance(folder, Remote) else Remote(str(folder))
         self.fs, self.root = fsspec.core.url_to_fs(str(folder))
         self._append = "file" in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,))
         self._count = 0
@@ -103,7 +106,7 @@ class Journal:
         else:
             self._count += 1
             name = f"{time.time_ns():020d}-{self._count:06d}-{uuid.uuid4().hex[:6]}.json"
-            self.fs.pipe_file(f"{self.root}/journal/{name}", line.encode())
+            (self.remote / "journal" / name).write_text(line)
         return written
 
     def events(self) -> Iterator[dict[str, Any]]:
@@ -112,8 +115,9 @@ class Journal:
             path = Path(self.root) / "journal.jsonl"
             lines: Iterable[bytes] = path.read_bytes().splitlines() if path.exists() else ()
         else:
-            names = sorted(self.fs.ls(f"{self.root}/journal", detail=False)) if self.fs.exists(f"{self.root}/journal") else []
-            lines = (self.fs.cat_file(name) for name in names)
+            journal = self.remote / "journal"
+            found = journal.read_many(journal.names())
+            lines = (found[name] for name in sorted(found))
         for line in lines:
             event = _parse(line)
             if event is not None and "event" in event and "trial" in event:

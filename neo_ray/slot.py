@@ -19,11 +19,12 @@ import ray.train
 import ray.train.torch
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig
 
-from neo_ray import cluster
+from neo_ray import cluster, uploads
 from neo_ray.board import kind_of
 from neo_ray.config import ResourcesConfig
 from neo_ray.records import Stop
 from neo_ray.settings import TrialConfig
+from neo_ray.storage import Folder, at
 
 NAMESPACE = "neo_ray"
 MEMORY_GROWTH = (1.5, 500e6)  # resident bytes after a trial: what the first of its shape left, by a factor and a term
@@ -45,8 +46,19 @@ class SlotJob:
     """Results folder; trials write into `trials/<id>`, workers log into `logs`."""
     silence_seconds: float
     """A trial without a step for so long is hung."""
+    scratch: str | None = None
+    """The setting `storage.scratch`."""
     begun: float = 0.0
     """Unix time at which its workers were asked for."""
+
+    @property
+    def results(self) -> Folder:
+        return at(self.folder, self.scratch)
+
+    @property
+    def here(self) -> Path:
+        """Where this machine writes results."""
+        return uploads.working_folder(self.results)
 
 
 def slot_loop(settings: dict[str, Any]) -> None:
@@ -57,7 +69,7 @@ def slot_loop(settings: dict[str, Any]) -> None:
 
     job: SlotJob = settings["job"]
     rank = ray.train.get_context().get_world_rank()
-    log_to(Path(job.folder) / "logs" / f"slot-{job.slot}-rank-{rank}.log")
+    log_to(job.here / "logs" / f"slot-{job.slot}-rank-{rank}.log")
     board = ray.get_actor(job.board, namespace=NAMESPACE)
     device = devices.local_device()
     devices.map_large_blocks(device)
@@ -163,8 +175,13 @@ class Worker:
         loaded = time.time()
         stop = _Stop(self.board, self.job, trial_id, watching=self.rank == 0)  # the loop looks on rank 0 alone
         try:
-            report = _reporter(self.board, trial_id)
-            outcome = train(trial, self.parts, report, stop.look, Path(self.job.folder) / "trials" / trial_id)
+            results = self.job.results
+            uploads.bring_checkpoint(results, trial_id)
+            report = uploads.publishing(results, trial_id, _reporter(self.board, trial_id))
+            outcome = train(trial, self.parts, report, stop.look, self.job.here / "trials" / trial_id)
+            if self.rank == 0:
+                uploads.publish_end(results, trial_id, outcome.state)
+            uploads.publish(results, f"logs/slot-{self.job.slot}-rank-{self.rank}.log")
         finally:
             stop.close()
         reusable, self.kind = self.parts.shape[-1], kind_of(trial)
@@ -298,7 +315,7 @@ class SlotRunner(threading.Thread):
             ),
             run_config=RunConfig(  # type: ignore[arg-type]  # Train V2's own
                 name=f"slot-{self.job.slot}-{time.time_ns()}",
-                storage_path=os.path.abspath(os.path.join(self.job.folder, "ray")),
+                storage_path=os.path.abspath(self.job.here / "ray"),
                 failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
                 logging_config=LoggingConfig(log_level="ERROR"),
                 worker_runtime_env={"env_vars": env},

@@ -208,7 +208,7 @@ def alone(path: Path) -> Iterator[None]:
 
 def upload_folder(folder: Path, place: Remote) -> None:
     """All files of a folder, and last the record that makes them whole; what was there before is none until then."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
     (place / RECORD).remove()
     for path in files:
         (place / str(path.relative_to(folder))).upload(path)

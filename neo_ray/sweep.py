@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from neo_ray import loading, local, refusals
+from neo_ray import loading, local, refusals, uploads
 from neo_ray.config import SweepConfig
 from neo_ray.plan import TrainSplit, make_plan
 from neo_ray.plan_text import render
@@ -104,7 +104,7 @@ def run(config: SweepConfig, space: Space, fresh: bool = False, retry_failed: bo
         check(config)
     choose(config, space)
     _check_earlier(config)
-    refuse_if_held(config.folder)
+    refuse_if_held(config.results)
     announce(f"sweep {config.name}: preparing")
     _quiet()
     from neo_ray.prepare import check_same_sources, identities, prepare, supply_of
@@ -116,7 +116,7 @@ def run(config: SweepConfig, space: Space, fresh: bool = False, retry_failed: bo
     check_same_models(config, identity)
     for warm in warm_trials(config, space):
         announce(warm.text)
-    records = [] if fresh else retried(fold(Journal(config.folder).events()), retry_failed)
+    records = [] if fresh else retried(fold(Journal(config.results).events()), retry_failed)
     code = 0
     left = settings_to_run(config, space, records)[1]
     spent = None if fresh else _spent(config)
@@ -126,7 +126,7 @@ def run(config: SweepConfig, space: Space, fresh: bool = False, retry_failed: bo
         code = _run_on_ray(config, space, sources, supply, identity, fresh, retry_failed, console, announce)
     else:
         announce(f"all {trials_planned(config, space)} trials have run; nothing is left to do (more: sampler.num_trials=…)")
-    _report(config.folder, console)
+    _report(config, console)
     return code
 
 
@@ -161,22 +161,23 @@ def _run_on_ray(
         slots = cluster.fit_memory(config.resources, capacity, plan.least_memory_bytes, slots)
         builders = cluster.builders(config.resources, capacity, plan.builder_bytes, slots)
         announce(f"{capacity}: {slots} trials at a time")
-        with lease(config.folder) as lost:
+        with lease(config.results) as lost:
             if fresh:
-                _set_aside(config.folder)
+                _set_aside(config)
             shutil.rmtree(config.folder / "ray", ignore_errors=True)  # an earlier driver's: the records are the truth
             _write_contract(config, identity)
             log_to(config.folder / "logs" / "driver.log")
             sources = make_student(config, sources, announce)
-            sources = stored_targets(config, supply, sources, builders, plan.tokens_of_all, announce, Journal(config.folder))
-            records = retried(settle(Journal(config.folder)), retry_failed)
+            sources = stored_targets(config, supply, sources, builders, plan.tokens_of_all, announce, Journal(config.results))
+            records = retried(settle(Journal(config.results)), retry_failed)
             announce("starting workers (they load the models once, for all trials)")
             try:
                 with Progress(config, console, trials_planned(config, space), slots, records) as progress:
                     run_trials(config, space, sources, records, slots, progress, lost, plan.least_memory_bytes)
             finally:
                 if not lost.is_set():
-                    write_records(config.folder, fold(Journal(config.folder).events()))
+                    write_records(config.folder, fold(Journal(config.results).events()))
+                    uploads.publish(config.results, "trials.jsonl", "logs/driver.log")
         return 0
     except (SweepFailed, TargetsFailed, LeaseLost) as error:
         announce(f"error: {error}")
@@ -193,35 +194,40 @@ def _train_split(sources: Any) -> TrainSplit:
     return TrainSplit(len(split), int(split.num_tokens.sum()))
 
 
-def _report(folder: Path, console: Any) -> None:
+def _report(config: SweepConfig, console: Any) -> None:
     """Guidelines and report from the records, as `python -m neo_ray.analyze` makes them."""
     from neo_ray import analyze
 
     try:
+        folder = uploads.local_copy(config.results)
         analysis = analyze.analyse(folder)
     except ValueError as error:
         console.print(f"no report yet: {error}", markup=False)
         return
     analyze.write(analysis, folder)
+    uploads.publish(config.results, *uploads.REPORT)
     analyze.show(analysis, console)
-    console.print(f"results: {folder}", markup=False, highlight=False)
+    console.print(f"results: {config.results}", markup=False, highlight=False)
 
 
 def _check_same_sweep(config: SweepConfig, fresh: bool) -> None:
     """A results folder belongs to one meaning of a trial; more trials or other resources extend it."""
-    path = config.folder / "sweep.yaml"
+    path = uploads.bring(config.results) / "sweep.yaml"
     if fresh or not path.exists():
         return
     old = loading.load(path)
     changed = differences(old, config)
     if changed:
         raise ConfigError(
-            f"name: {config.folder} holds a sweep whose trials mean something else ({'; '.join(changed)}); "
+            f"name: {config.results} holds a sweep whose trials mean something else ({'; '.join(changed)}); "
             "take another name, or --fresh to put that one aside"
         )
 
 
 def _check_writable(config: SweepConfig) -> None:
+    for key, place in (("storage.path", config.results), ("targets.path", config.targets_folder)):
+        if not isinstance(place, Path):
+            uploads.check(place, key)
     for key, path in (("storage.path", config.folder), ("storage.cache", config.cache)):
         nearest = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
         try:
@@ -246,7 +252,7 @@ def _spent(config: SweepConfig) -> str | None:
     from neo_ray.budget import exhausted, hours_of
     from neo_ray.records import Journal, fold
 
-    events = list(Journal(config.folder).events())
+    events = list(Journal(config.results).events())
     records = fold(events)
     return exhausted(config.budget, records, hours_of(events), resuming=any(not record.finished for record in records))
 
@@ -256,8 +262,13 @@ def _check_earlier(config: SweepConfig) -> None:
     warm_trials(config, build_space(config))
 
 
-def _set_aside(folder: Path) -> None:
+def _set_aside(config: SweepConfig) -> None:
     """`--fresh` deletes nothing."""
+    folder, results = config.folder, config.results
+    if not isinstance(results, Path):
+        shutil.rmtree(folder, ignore_errors=True)
+        uploads.set_aside(results)
+        return
     aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
     for path in list(folder.iterdir()):
         if not path.name.startswith((".lease", "lease")):
@@ -274,6 +285,7 @@ def _write_contract(config: SweepConfig, sources: dict[str, str]) -> None:
     write_atomically(config.folder / "sweep.yaml", loading.dump(config))
     write_atomically(config.folder / SOURCES_FILE, json.dumps(sources, indent=2))
     write_atomically(config.folder / "environment.json", json.dumps(environment(), indent=2))
+    uploads.publish(config.results, *uploads.CONTRACT)
 
 
 def _quiet() -> None:

@@ -8,12 +8,13 @@ import threading
 import time
 import uuid
 import warnings
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
 
-from neo_ray import checkpoints, cluster
+from neo_ray import checkpoints, cluster, uploads
 from neo_ray.adapters import scaling
 from neo_ray.board import Board, kind_of
 from neo_ray.budget import SESSION, exhausted, hours_of
@@ -69,11 +70,13 @@ def run_trials(
         .remote(config.resources.max_failures)
     )
     recorder = _Recorder(config, space, records, board, progress, lost)
-    folder, silence_seconds = str(config.folder.resolve()), 60 * config.resources.silence_minutes
-    alone = not config.resources.address
+    results = config.results.resolve() if isinstance(config.results, Path) else config.results
+    folder, silence_seconds = str(results), 60 * config.resources.silence_minutes
+    alone, scratch = not config.resources.address, config.storage.scratch
 
     def make(slot: int) -> SlotRunner:
-        return SlotRunner(SlotJob(slot, name, sources, folder, silence_seconds), config.resources, board, progress.say)
+        job = SlotJob(slot, name, sources, folder, silence_seconds, scratch)
+        return SlotRunner(job, config.resources, board, progress.say)
 
     def look() -> tuple[int, set[str]]:
         return cluster.places(config.resources, cluster.present(alone=alone), worker_bytes), cluster.draining()
@@ -235,7 +238,7 @@ class _Recorder(threading.Thread):
     ) -> None:
         super().__init__(daemon=True, name="recorder")
         self.config, self.space, self.board, self.progress, self.lost = config, space, board, progress, lost
-        self.journal = Journal(config.folder)
+        self.journal = Journal(config.results)
         self.hours_before, self.begun, self.spent = hours_of(self.journal.events()), time.time(), ""
         self.journal.write(SESSION, "")
         progress.hours = self.hours
@@ -303,6 +306,7 @@ class _Recorder(threading.Thread):
         self._record(kind, trial, **item)
         if kind == "end":  # on disk now, so that its checkpoint is needed no more
             checkpoints.remove(self.config.folder / "trials" / trial / "checkpoint")
+            uploads.drop_checkpoint(self.config.results, trial)
             self.open.discard(trial)
             with self.lock:
                 write_records(self.config.folder, list(self.records.values()))

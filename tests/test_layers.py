@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parent.parent / "neo_ray"
 ROOMS = {
     "facts": (
         "__init__ account assets axes budget cautions config environment estimate inventory loading memory mistakes "
-        "plan plan_text points records refusals settings shapes space staging storage supply trials warm "
+        "plan plan_text points records refusals settings shapes space staging storage supply trials uploads warm "
     ),
     "training": (
         "adapters alignment answers batches checkpoints chunked data devices evaluate filling local losses merging models parts "

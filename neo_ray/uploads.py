@@ -1,0 +1,135 @@
+"""How does a results folder in an object store come to this disk, and how does what is written here go there?
+
+Trials, reports and logs are written to a folder of this machine and uploaded; the journal and the lease are objects from the
+start. Where results are kept in a local folder the two are one, and there is nothing to do.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from neo_ray.records import Journal, fold, write_records
+from neo_ray.settings import ConfigError
+from neo_ray.storage import RECORD, Damaged, Folder, Remote, alone, at, bring_folder, upload_folder
+
+CONTRACT = ("sweep.yaml", "sources.json", "environment.json")
+REPORT = ("trials.jsonl", "guidelines.json", "report.md", "best.yaml")
+
+
+def working_folder(results: Folder) -> Path:
+    """Where a machine writes what belongs to results."""
+    return results if isinstance(results, Path) else results.here
+
+
+def bring(results: Folder) -> Path:
+    """The working folder, with the files that say what the sweep is as they are in the store."""
+    folder = working_folder(results)
+    if not isinstance(results, Path):
+        for name in CONTRACT:
+            try:
+                (results / name).download(folder / name)
+            except FileNotFoundError:
+                (folder / name).unlink(missing_ok=True)
+    return folder
+
+
+def publish(results: Folder, *names: str) -> None:
+    """Files of the working folder, those that there are."""
+    if not isinstance(results, Path):
+        for name in names:
+            if (results.here / name).is_file():
+                (results / name).upload(results.here / name)
+
+
+def local_copy(place: str | Folder) -> Path:
+    """What reads a results folder reads this one: sweep file and records of a URL, or the folder itself."""
+    results = at(place) if isinstance(place, str) else place
+    if isinstance(results, Path):
+        return results
+    folder = bring(results)
+    write_records(folder, fold(Journal(results).events()))
+    return folder
+
+
+def bring_checkpoint(results: Folder, trial: str) -> None:
+    """The working folder holds the newest checkpoint that was uploaded whole, and no other. Any rank may call it."""
+    if isinstance(results, Path):
+        return
+    remote, local = results / "trials" / trial / "checkpoint", results.here / "trials" / trial / "checkpoint"
+    newest = None
+    with alone(local):
+        for name in reversed(remote.names()):
+            with suppress(Damaged):  # an older one, or none
+                if bring_folder(remote / name, local / name):
+                    newest = name
+                    break
+        for old in local.iterdir() if local.exists() else ():
+            if old.is_dir() and old.name != newest:
+                shutil.rmtree(old)
+
+
+def publish_checkpoint(results: Folder, trial: str) -> None:
+    """The trial's newest checkpoint, unless it is there; older ones go."""
+    if isinstance(results, Path):
+        return
+    remote, local = results / "trials" / trial / "checkpoint", results.here / "trials" / trial / "checkpoint"
+    found = sorted(path.parent for path in local.glob("step-*/state.json"))
+    if not found or (remote / found[-1].name / RECORD).exists():
+        return
+    upload_folder(found[-1], remote / found[-1].name)
+    for name in remote.names():
+        if name != found[-1].name:
+            (remote / name).remove()
+
+
+def publishing(results: Folder, trial: str, report: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
+    """A report that is made once the checkpoint that goes with it is uploaded."""
+
+    def after_upload(row: dict[str, Any]) -> None:
+        publish_checkpoint(results, trial)
+        report(row)
+
+    return after_upload
+
+
+def publish_end(results: Folder, trial: str, state: str) -> None:
+    """What a trial leaves: its adapter, or a checkpoint to go on from."""
+    if isinstance(results, Path):
+        return
+    adapter = results.here / "trials" / trial / "adapter"
+    if state == "INTERRUPTED":
+        publish_checkpoint(results, trial)
+    elif adapter.is_dir():
+        upload_folder(adapter, results / "trials" / trial / "adapter")
+
+
+def drop_checkpoint(results: Folder, trial: str) -> None:
+    """A finished trial needs none."""
+    if not isinstance(results, Path):
+        (results / "trials" / trial / "checkpoint").remove()
+
+
+def check(place: Remote, key: str) -> None:
+    """Raises ConfigError where nothing can be written to a place."""
+    probe = place.impatient(10) / f".probe-{uuid.uuid4().hex}"
+    try:
+        probe.write_text("")
+        probe.remove()
+    except ImportError as error:
+        raise ConfigError(f"{key}: {place}: {error}") from None
+    except Exception as error:
+        raise ConfigError(f"{key}: {place} cannot be written ({type(error).__name__}: {error})") from None
+
+
+def set_aside(results: Remote) -> None:
+    """All but the lease, beside it under the time of day."""
+    aside = results.with_name(f"{results.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+    for name in results.names():
+        if not name.startswith("lease"):
+            (results / name).move_to(aside / name)
