@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from neo_ray.records import TrialRecord, load_records
 
 pytestmark = [pytest.mark.cluster]
 
-STEPS = 800
+STEPS = 400
 LONG: dict[str, Any] = {
     "training": {"steps": STEPS, "batch_size": 4, "micro_batch_size": 2, "dtype": "fp32"},
     "scheduler": {"name": "none"},
@@ -39,7 +40,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     short = tempfile.mkdtemp(prefix="nodes-", dir="/tmp")  # a socket's path has at most 107 characters
     patch.setenv("RAY_TMPDIR", short)  # else every Ray that is started on this machine meanwhile joins this cluster
     cluster = Cluster()
-    cluster.add_node(num_cpus=0, include_dashboard=True, dashboard_port=8399)
+    with socket.socket() as probe:  # Ray takes a port that it is given, or none
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    cluster.add_node(num_cpus=0, include_dashboard=True, dashboard_port=port)
     yield cluster
     ray.shutdown()
     cluster.shutdown()
@@ -75,7 +79,7 @@ def test_a_node_that_dies_takes_no_trial_with_it_and_one_that_comes_gets_a_slot(
     cluster: Any, tiny_world: World, tmp_path: Path
 ) -> None:
     first = cluster.add_node(num_cpus=1)
-    process = start(file_of(tiny_world, tmp_path, cluster.address, trials=3))
+    process = start(file_of(tiny_world, tmp_path, cluster.address, trials=2))
     wait_for(lambda: any(n >= 1 for n in rungs(tmp_path)), process)
     second = cluster.add_node(num_cpus=1)
     wait_for(lambda: sum(not r.finished for r in records_of(tmp_path)) == 2, process)
@@ -83,7 +87,7 @@ def test_a_node_that_dies_takes_no_trial_with_it_and_one_that_comes_gets_a_slot(
     text = finish(process)
     assert process.returncode == 0, text
     records = records_of(tmp_path)
-    assert [r.state for r in records] == ["COMPLETE"] * 3, text
+    assert [r.state for r in records] == ["COMPLETE"] * 2, text
     lost = [r for r in records if r.lost_attempts]
     assert len(lost) == 1 and lost[0].lost_attempts[0]["cause"] == "preempted" and lost[0].attempts == 2, text
     assert lost[0].details["resumed_from_step"] >= STEPS // 4
@@ -99,7 +103,7 @@ def test_a_node_that_is_told_to_leave_loses_no_step_though_it_was_the_last(
     from ray.core.generated import autoscaler_pb2
 
     spot = cluster.add_node(num_cpus=1)
-    longer = {"training": {**LONG["training"], "steps": 1200}, "evaluation": {"points": 2}}
+    longer = {"training": {**LONG["training"], "steps": 800}, "evaluation": {"points": 2}}
     process = start(file_of(tiny_world, tmp_path, cluster.address, trials=2, **longer))
     log = tmp_path / "results" / "tiny" / "logs" / "slot-0-rank-0.log"
     wait_for(lambda: log.exists() and "trial 0000 begins" in log.read_text() and rungs(tmp_path) == [1], process)
@@ -114,6 +118,6 @@ def test_a_node_that_is_told_to_leave_loses_no_step_though_it_was_the_last(
     first, other = records_of(tmp_path)
     assert (first.state, other.state) == ("COMPLETE", "COMPLETE"), text
     assert [lost["cause"] for lost in first.lost_attempts] == ["preempted"] and not other.lost_attempts
-    assert 600 < first.details["resumed_from_step"] < 1200, "from the step it was in, and not from an evaluation"
+    assert 400 < first.details["resumed_from_step"] < 800, "from the step it was in, and not from an evaluation"
     assert "slot 0 ends: its node is about to leave" in text and "slot 0 lost its workers" not in text
     cluster.remove_node(second, allow_graceful=False)
