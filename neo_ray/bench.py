@@ -7,6 +7,7 @@ Every result is a ratio between arms of one run. Exit code 2: a mistake, or a pa
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -51,13 +52,14 @@ def _run(asked: argparse.Namespace, words: list[str]) -> int:
             return _reader(asked)
         _choose_device(asked.device)
         load = os.getloadavg()
-        result = describe(asked.benchmark, _step(asked) if asked.benchmark == "step" else _loss(asked), words, load)
+        with contextlib.redirect_stdout(sys.stderr) if asked.json else contextlib.nullcontext():
+            result = describe(asked.benchmark, _step(asked) if asked.benchmark == "step" else _loss(asked), words, load)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print("\n" + markdown(result))
+    print(as_json(result) if asked.json else "\n" + markdown(result))
     if asked.out is not None:
-        print(write(result, asked.out))
+        print(write(result, asked.out), file=sys.stderr if asked.json else sys.stdout)
     return 0
 
 
@@ -82,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         benchmark.add_argument(
             "--out", type=Path, metavar="PATH", help="a .json file, or a folder: <benchmark>-<device>.json there"
         )
+        benchmark.add_argument("--json", action="store_true", help="the result on stdout, and nothing else there")
     reader = benchmarks.add_parser("reader", help="rows of a store of targets: scored tokens a second, in shuffled batches")
     reader.add_argument("--place", default=None, metavar="PLACE", help="a new folder, or a URL such as s3://bucket/x")
     reader.add_argument("--rows", type=_count, default=9216, metavar="N", help="scored positions of the store (9216)")
@@ -156,8 +159,12 @@ def write(result: dict[str, Any], path: Path) -> Path:
     from neo_ray.records import write_atomically
 
     target = path if path.suffix == ".json" else path / f"{result['benchmark']}-{_slug(result['device'])}.json"
-    write_atomically(target, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(target, as_json(result) + "\n")
     return target
+
+
+def as_json(result: dict[str, Any]) -> str:
+    return json.dumps(result, indent=1, ensure_ascii=False)
 
 
 def update_readme(folder: Path) -> None:

@@ -6,6 +6,7 @@ Shapes: N scored positions, V vocabulary, H hidden width (the teacher's may be a
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from neo_ray import devices
 from neo_ray.bench_turns import BASELINE, Announce, Measured, take_turns
 from neo_ray.chunked import chunked_loss, projected_loss, projection
-from neo_ray.losses import TopK, neo_loss, top_k
+from neo_ray.losses import IGNORED, TopK, neo_loss, top_k
 from neo_ray.models import Head
 from neo_ray.settings import DistillConfig
 
@@ -56,9 +57,13 @@ def measure_losses(num_tokens: int, vocabulary: int, width: int, teacher_width: 
         return call
 
     widths = {"tokens": num_tokens, "vocabulary": vocabulary, "width": width, "teacher_width": teacher_width}
+    missing = [name for name, package in PACKAGES.items() if importlib.util.find_spec(package) is None]
     setting = {**widths, "dtype": str(dtype).removeprefix("torch.")}
-    samples = take_turns({name: once(arm) for name, arm in ARMS.items()}, rounds, device, announce)
-    return Measured(setting, {name: {"about": arm.about} for name, arm in ARMS.items()}, samples)
+    if missing:
+        setting["not_installed"] = " ".join(missing)
+    arms = {name: arm for name, arm in ARMS.items() if name not in missing}
+    samples = take_turns({name: once(arm) for name, arm in arms.items()}, rounds, device, announce)
+    return Measured(setting, {name: {"about": arm.about} for name, arm in arms.items()}, samples)
 
 
 def make_inputs(
@@ -134,6 +139,27 @@ def _projected(inputs: Inputs, known: tuple[Tensor, Tensor] | None) -> Tensor:
     return sums.total / sums.count
 
 
+def of_trl(inputs: Inputs) -> Tensor:
+    """As `dense`, with the divergence of TRL's GKD trainer: at beta = 0 it is forward KL. Its logits are fp32, as ours are."""
+    from trl.experimental.gkd import GKDTrainer
+
+    student_NV = F.linear(inputs.student_NH, inputs.student_head_VH).float()
+    teacher_NV = F.linear(inputs.teacher_NH, inputs.teacher_head_VH).float()
+    kd_ratio = DistillConfig().kd_ratio
+    kd = GKDTrainer.generalized_jsd_loss(student_NV[None], teacher_NV[None], inputs.labels_N[None], beta=0)
+    return (1 - kd_ratio) * F.cross_entropy(student_NV, inputs.labels_N) + kd_ratio * kd
+
+
+def of_liger(inputs: Inputs) -> Tensor:
+    """Liger's own chunked loss at beta = 0, forward KL. It takes a frozen head's gradient too; compiled on a GPU alone."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    kd_ratio = DistillConfig().kd_ratio
+    on_gpu = inputs.student_NH.device.type == "cuda"
+    loss = LigerFusedLinearJSDLoss(1 - kd_ratio, kd_ratio, 0.0, IGNORED, compiled=on_gpu)
+    return loss(inputs.student_NH, inputs.student_head_VH, inputs.teacher_NH, inputs.teacher_head_VH, inputs.labels_N)
+
+
 ARMS = {
     BASELINE: LossArm("head and cross-entropy, no teacher", cross_entropy),
     "neo": LossArm("both heads and the dense Neo loss", dense),
@@ -141,4 +167,8 @@ ARMS = {
     "neo_chunked": LossArm("both heads and the Neo loss in chunks", chunked),
     "neo_projected": LossArm("head and the Neo loss in chunks, from the teacher's projection", projected),
     "neo_topk": LossArm("head and the Neo loss in chunks, from the teacher's top 64 tokens", bucketed),
+    "trl": LossArm("both heads, cross-entropy and TRL's GKD loss, dense", of_trl),
+    "liger": LossArm("both heads and Liger's chunked JSD loss", of_liger),
 }
+PACKAGES = {"trl": "trl", "liger": "liger_kernel"}
+"""Arms of other libraries: they are left out, and the setting says so, where the package is not installed."""
