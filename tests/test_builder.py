@@ -83,11 +83,6 @@ def test_a_store_gives_the_trials_of_a_living_teacher_and_serves_the_next_sweep(
         assert tokens_read(text) == ALL_TOKENS
         assert [record.details["targets"] for record in stored] == [mode] * 2
         assert scores(stored) == pytest.approx(scores(living), abs=2e-3)
-    text, bounded = swept(tiny_world, tmp_path / "topk", "topk")
-    assert "2 trials had targets.mode topk, which is biased" in " ".join(text.split())
-    for record, whole in zip(bounded, living, strict=True):
-        assert "all but 64 tokens count as one" in record.details["targets_biased"]
-        assert float(record.metrics["select_kl"] or 0) < float(whole.metrics["select_kl"] or 0), "a lower bound"
     (shards,) = {path.parent for path in (cache / "targets").glob("*/*.safetensors") if "head" not in path.name} - {
         path.parent for path in (cache / "targets").glob("*/head.safetensors")
     }
@@ -100,6 +95,13 @@ def test_a_store_gives_the_trials_of_a_living_teacher_and_serves_the_next_sweep(
     text, _ = swept(tiny_world, tmp_path / "more", "projection", cache)
     assert tokens_read(text) == 0 and "reused from" in text
     assert scores(again) == pytest.approx(scores(living), abs=2e-3)
+
+
+@pytest.mark.slow
+def test_a_store_of_the_likeliest_tokens_says_that_it_is_biased(tiny_world: World, tmp_path: Path) -> None:
+    text, records = swept(tiny_world, tmp_path / "topk", "topk")
+    assert tokens_read(text) == ALL_TOKENS and "2 trials had targets.mode topk, which is biased" in " ".join(text.split())
+    assert all("all but 64 tokens count as one" in record.details["targets_biased"] for record in records)
 
 
 @pytest.mark.slow
