@@ -14,19 +14,18 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
-from neo_ray import loading, local, refusals, uploads
+from neo_ray import ground, loading, local, uploads
 from neo_ray.config import SweepConfig
-from neo_ray.plan import TrainSplit, make_plan
+from neo_ray.plan import make_plan
 from neo_ray.plan_text import render
 from neo_ray.settings import ConfigError
 from neo_ray.space import Space, build_space
-from neo_ray.supply import Supply, choose
+from neo_ray.supply import Supply
 from neo_ray.trials import differences, retried, settings_to_run, trials_planned
 from neo_ray.warm import check_same_models, warm_trials
 
@@ -48,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         config = _load(asked.file, asked.overrides, asked.address)
         if asked.dry_run:
             print(render(make_plan(config, overrides=asked.overrides)))
-            checks = (_check_accelerator, _check_earlier, *local.CHECKS, local.check_room)
+            checks = (ground.check_accelerator, _check_earlier, *local.CHECKS, local.check_room)
             for check in (lambda _: _check_same_sweep(config, asked.fresh), *checks):
                 try:
                     check(config)
@@ -98,19 +97,14 @@ def run(config: SweepConfig, space: Space, fresh: bool = False, retry_failed: bo
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     _check_same_sweep(config, fresh)
-    _check_writable(config)
-    _check_accelerator(config)
-    for check in local.CHECKS:
-        check(config)
-    choose(config, space)
+    ground.check(config)
     _check_earlier(config)
     refuse_if_held(config.results)
     announce(f"sweep {config.name}: preparing")
-    _quiet()
-    from neo_ray.prepare import check_same_sources, identities, prepare, supply_of
+    sources, supply = ground.prepared(config, announce)
+    from neo_ray.prepare import check_same_sources, identities
 
-    sources = prepare(config, announce)
-    supply, identity = supply_of(config, sources), identities(config, sources)
+    identity = identities(config, sources)
     if not fresh:
         check_same_sources(config.folder, identity, "take another name, or --fresh to put that sweep aside")
     check_same_models(config, identity)
@@ -142,38 +136,27 @@ def _run_on_ray(
     announce: Any,
 ) -> int:
     """Connect, check what concerns the cluster, and only then take the folder and run. Nothing is written before that."""
-    import ray
-
-    from neo_ray import cluster
-    from neo_ray.builder import TargetsFailed, stored_targets
+    from neo_ray.builder import TargetsFailed
     from neo_ray.lease import LeaseLost, lease
-    from neo_ray.prepare import make_student
     from neo_ray.progress import Progress
     from neo_ray.records import Journal, fold, settle, write_records
-    from neo_ray.slot import log_to, slots_wait
+    from neo_ray.slot import log_to
     from neo_ray.tuner import SweepFailed, run_trials
 
-    announce("connecting to Ray" if config.resources.address else "starting Ray on this machine")
-    capacity = cluster.connect(config.resources)
     try:
-        slots = cluster.concurrency(config.resources, capacity)
-        plan = make_plan(config, _train_split(sources), supply=supply)
-        slots = cluster.fit_memory(config.resources, capacity, plan.least_memory_bytes, slots)
-        builders = cluster.builders(config.resources, capacity, plan.builder_bytes, slots)
-        announce(f"{capacity}: {slots} trials at a time")
-        with lease(config.results) as lost:
+        with ground.connected(config, sources, supply, announce) as room, lease(config.results) as lost:
+            announce(f"{room.capacity}: {room.slots} trials at a time")
             if fresh:
                 _set_aside(config)
             shutil.rmtree(config.folder / "ray", ignore_errors=True)  # an earlier driver's: the records are the truth
             _write_contract(config, identity)
             log_to(config.folder / "logs" / "driver.log")
-            sources = make_student(config, sources, announce)
-            sources = stored_targets(config, supply, sources, builders, plan.tokens_of_all, announce, Journal(config.results))
+            sources = ground.stand(config, sources, supply, room, announce, Journal(config.results))
             records = retried(settle(Journal(config.results)), retry_failed)
             announce("starting workers (they load the models once, for all trials)")
             try:
-                with Progress(config, console, trials_planned(config, space), slots, records) as progress:
-                    run_trials(config, space, sources, records, slots, progress, lost, plan.least_memory_bytes)
+                with Progress(config, console, trials_planned(config, space), room.slots, records) as progress:
+                    run_trials(config, space, sources, records, room.slots, progress, lost, room.plan.least_memory_bytes)
             finally:
                 if not lost.is_set():
                     write_records(config.folder, fold(Journal(config.results).events()))
@@ -182,16 +165,6 @@ def _run_on_ray(
     except (SweepFailed, TargetsFailed, LeaseLost) as error:
         announce(f"error: {error}")
         return 1
-    finally:
-        if capacity.started_here and not slots_wait():
-            ray.shutdown()
-
-
-def _train_split(sources: Any) -> TrainSplit:
-    from neo_ray.data import open_data
-
-    split = open_data(sources.data).split("train")
-    return TrainSplit(len(split), int(split.num_tokens.sum()))
 
 
 def _report(config: SweepConfig, console: Any) -> None:
@@ -221,29 +194,6 @@ def _check_same_sweep(config: SweepConfig, fresh: bool) -> None:
         raise ConfigError(
             f"name: {config.results} holds a sweep whose trials mean something else ({'; '.join(changed)}); "
             "take another name, or --fresh to put that one aside"
-        )
-
-
-def _check_writable(config: SweepConfig) -> None:
-    for key, place in (("storage.path", config.results), ("targets.path", config.targets_folder)):
-        if not isinstance(place, Path):
-            uploads.check(place, key)
-    for key, path in (("storage.path", config.folder), ("storage.cache", config.cache)):
-        nearest = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
-        try:
-            with tempfile.TemporaryFile(dir=nearest):  # to look at permissions is not enough: /proc says yes and means no
-                pass
-        except OSError as error:
-            raise ConfigError(f"{key}: {path} cannot be written ({nearest}: {error.strerror or error})") from None
-
-
-def _check_accelerator(config: SweepConfig) -> None:
-    """A GPU sweep that would start Ray on a machine without one: say so before anything is prepared."""
-    refusals.check_installed(config)
-    if config.resources.gpus_per_worker and not config.resources.address and not Path("/dev/nvidia0").exists():
-        raise ConfigError(
-            f"resources.gpus_per_worker: {config.resources.gpus_per_worker:g} asked for, and this machine has no GPU; "
-            "on a cluster's head give resources.address=auto, from outside use `ray exec cluster.yaml …`"
         )
 
 
@@ -286,14 +236,6 @@ def _write_contract(config: SweepConfig, sources: dict[str, str]) -> None:
     write_atomically(config.folder / SOURCES_FILE, json.dumps(sources, indent=2))
     write_atomically(config.folder / "environment.json", json.dumps(environment(), indent=2))
     uploads.publish(config.results, *uploads.CONTRACT)
-
-
-def _quiet() -> None:
-    """Libraries' bars and warnings do not belong between a sweep's lines."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def command() -> None:

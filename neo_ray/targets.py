@@ -1,6 +1,7 @@
-"""Which targets are kept, and are they whole? `python -m neo_ray.targets {verify,list,prune}`: the stores of a cache.
+"""Which targets are kept, and are they whole? `python -m neo_ray.targets {build,verify,list,prune}`: the stores of a cache.
 
-Exit codes: 0 done, 1 `verify` found a store that is not whole (also where it was told to delete what is broken), 2 a mistake.
+Exit codes: 0 done; 1 `verify` found a store that is not whole (also where it was told to delete what is broken), or the teacher
+could not go on filling one; 2 a mistake; 130 interrupted. The same `build` again goes on where it was.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from neo_ray import inventory
-from neo_ray.config import StorageConfig
+from neo_ray import ground, inventory, loading
+from neo_ray.config import StorageConfig, SweepConfig
 from neo_ray.inventory import Stored
 from neo_ray.mistakes import guess
 from neo_ray.plan import size_text
@@ -27,6 +28,9 @@ WIDTH_OF_A_LOG = 160
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m neo_ray.targets", description="The stores of targets in a cache.")
     doors = parser.add_subparsers(dest="door", required=True)
+    build_door = doors.add_parser("build", help="fill the store that a sweep will use, and run no trial")
+    build_door.add_argument("file", metavar="FILE", help="sweep file (YAML)")
+    build_door.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.max_length=512")
     verify_door = doors.add_parser("verify", help="read every shard's checksum")
     verify_door.add_argument("keys", nargs="*", metavar="KEY", help="which stores; all by default")
     verify_door.add_argument(
@@ -42,8 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(argv)
     if asked.door == "prune" and asked.older_than is None and not asked.keys:
         prune_door.error("say which: --older-than DAYS or --key KEY …")
-    found = inventory.stores_in(asked.cache.expanduser())
     try:
+        if asked.door == "build":
+            return build(loading.load(asked.file, asked.overrides))
+        found = inventory.stores_in(asked.cache.expanduser())
         if asked.door == "list":
             return show(found)
         if asked.door == "verify":
@@ -53,9 +59,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
     except OSError as error:
-        print(f"error: {error.filename or asked.cache}: {error.strerror or error}", file=sys.stderr)
+        print(f"error: {error.filename or asked.door}: {error.strerror or error}", file=sys.stderr)
         return 2
+
+
+def build(config: SweepConfig) -> int:
+    """Fill the store of a sweep as the sweep would, also where it would not pay for that sweep alone. Raises ConfigError."""
+    supply = ground.check(config)
+    if supply.mode == "live":
+        raise ConfigError(f"targets.mode: this sweep takes no store, as the teacher runs in every trial: {supply.why}")
+    sources, supply = ground.prepared(config, announce)
+    from neo_ray.builder import TargetsFailed
+
+    by_name = config.targets.model_copy(update={"mode": supply.mode})  # who builds asks for a store: `auto` might go without
+    config = config.model_copy(update={"targets": by_name})
+    try:
+        with ground.connected(config, sources, supply, announce) as room:
+            announce(f"{room.capacity}: room for {room.builders} teachers at a time")
+            targets = ground.stand(config, sources, supply, room, announce).targets
+    except TargetsFailed as error:
+        announce(f"error: {error}")
+        return 1
+    assert targets is not None
+    size = f", {size_text(inventory.bytes_in(targets.place))}" if isinstance(targets.place, Path) else ""
+    announce(f"the store is whole: {targets.folder}{size}")
+    return 0
+
+
+def announce(text: str) -> None:
+    print(text, flush=True)
 
 
 def chosen(found: list[Stored], keys: list[str]) -> list[Stored]:

@@ -33,11 +33,13 @@ def sweep_file(world: World, folder: Path, **changes: object) -> Path:
     return path
 
 
-def start(path: Path, *overrides: str, home: Path | None = None, also_import: Path | None = None) -> subprocess.Popen[str]:
+def start(
+    path: Path, *overrides: str, home: Path | None = None, also_import: Path | None = None, door: str = "neo_ray.sweep"
+) -> subprocess.Popen[str]:
     home = home or path.parent
     modules = os.pathsep.join(str(folder) for folder in (also_import, ROOT) if folder)
     environment = {**os.environ, "HOME": str(home), "PYTHONPATH": modules, "RAY_AUTH_MODE": "disabled"}
-    command = [sys.executable, "-m", "neo_ray.sweep", str(path), *overrides]
+    command = [sys.executable, "-m", *door.split(), str(path), *overrides]
     return subprocess.Popen(
         command,
         env=environment,

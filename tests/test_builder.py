@@ -124,6 +124,23 @@ def test_two_sweeps_that_need_the_same_store_fill_it_once(tiny_world: World, tmp
     assert sorted(tokens_read(text) for text in texts) == [0, ALL_TOKENS]
 
 
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_store_that_was_built_ahead_serves_a_sweep_that_would_not_have_built_it(tiny_world: World, tmp_path: Path) -> None:
+    settings = {**SETTINGS, "targets": {"mode": "auto"}}  # both trials together train on fewer tokens than the data has
+    path = sweep_file(tiny_world, tmp_path, **settings)
+    process = start(path, door="neo_ray.targets build")
+    text = finish(process)
+    assert process.returncode == 0, text
+    assert tokens_read(text) == ALL_TOKENS and "the store is whole: " in text
+    assert not (tmp_path / "results").exists()
+    process = start(path)
+    text = finish(process)
+    assert process.returncode == 0, text
+    assert tokens_read(text) == 0 and "reused from" in text
+    assert [record.details["targets"] for record in load_records(tmp_path / "results" / "tiny")] == ["projection"] * 2
+
+
 def test_a_shard_whose_driver_was_killed_is_counted_by_the_next_and_once(tmp_path: Path) -> None:
     """Three shards of this sweep's turn, of which its driver heard of one; one of another's; one that says nothing."""
     journal, store = Journal(tmp_path / "results"), tmp_path / "store"

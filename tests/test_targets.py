@@ -131,11 +131,29 @@ def test_prune_takes_what_was_not_used_and_never_what_is_being_filled(cache: Pat
     assert "freed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [[], ["prune"], ["prune", "--dry-run"], ["list", "abc"]])
+@pytest.mark.parametrize("words", [[], ["build"], ["prune"], ["prune", "--dry-run"], ["list", "abc"]])
 def test_what_says_not_enough_is_refused_with_the_usage(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as refused:
         targets.main(words)
     assert refused.value.code == 2 and "usage" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("targets.mode=live", "targets.mode: this sweep takes no store, as the teacher runs in every trial: as asked"),
+        ("method=sft", "no trial trains on what the teacher says"),
+        ("data.source=nowhere.jsonl", "data.source: nowhere.jsonl: no such file or folder"),
+    ],
+)
+def test_what_needs_no_store_or_cannot_run_is_not_built(
+    tiny_world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
+) -> None:
+    search = {"learning_rate": {"choice": [1e-3, 1e-2]}}
+    assert targets.main(["build", str(sweep_file(tiny_world, tmp_path, search=search)), override]) == 2
+    shown = capsys.readouterr()
+    assert message in shown.err and not shown.out, "before anything is prepared"
+    assert not (tmp_path / "cache").exists()
 
 
 def test_an_unknown_key_is_refused(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:

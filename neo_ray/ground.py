@@ -1,0 +1,136 @@
+"""What must stand before the first trial? Data, a Ray with room, the student and a whole store of targets, whatever the door."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from neo_ray import local, refusals, uploads
+from neo_ray.config import SweepConfig
+from neo_ray.plan import Plan, TrainSplit, make_plan
+from neo_ray.settings import ConfigError
+from neo_ray.space import build_space
+from neo_ray.supply import Supply, choose
+
+if TYPE_CHECKING:
+    from neo_ray.cluster import Capacity
+    from neo_ray.parts import Sources
+    from neo_ray.records import Journal
+
+Announce = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a connected Ray has for a sweep."""
+
+    capacity: Capacity
+    slots: int
+    """Trials at a time."""
+    builders: int
+    """Workers that may fill a store of targets at once."""
+    plan: Plan
+    """Of the sweep, now that its data is known."""
+
+
+def check(config: SweepConfig) -> Supply:
+    """What can be told before anything heavy is imported, and anything is written. Raises ConfigError.
+
+    Returns where the teacher's word comes from, as far as that is known without the models.
+    """
+    check_writable(config)
+    check_accelerator(config)
+    for one in local.CHECKS:
+        one(config)
+    return choose(config, build_space(config))
+
+
+def check_writable(config: SweepConfig) -> None:
+    for key, place in (("storage.path", config.results), ("targets.path", config.targets_folder)):
+        if not isinstance(place, Path):
+            uploads.check(place, key)
+    for key, path in (("storage.path", config.folder), ("storage.cache", config.cache)):
+        nearest = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+        try:
+            with tempfile.TemporaryFile(dir=nearest):  # to look at permissions is not enough: /proc says yes and means no
+                pass
+        except OSError as error:
+            raise ConfigError(f"{key}: {path} cannot be written ({nearest}: {error.strerror or error})") from None
+
+
+def check_accelerator(config: SweepConfig) -> None:
+    """A GPU sweep that would start Ray on a machine without one: say so before anything is prepared."""
+    refusals.check_installed(config)
+    if config.resources.gpus_per_worker and not config.resources.address and not Path("/dev/nvidia0").exists():
+        raise ConfigError(
+            f"resources.gpus_per_worker: {config.resources.gpus_per_worker:g} asked for, and this machine has no GPU; "
+            "on a cluster's head give resources.address=auto, from outside use `ray exec cluster.yaml …`"
+        )
+
+
+def prepared(config: SweepConfig, announce: Announce) -> tuple[Sources, Supply]:
+    """Data and models, and where the teacher's word comes from now that they are known. Raises ConfigError."""
+    _quiet()
+    from neo_ray.prepare import prepare, supply_of
+
+    sources = prepare(config, announce)
+    return sources, supply_of(config, sources)
+
+
+@contextmanager
+def connected(config: SweepConfig, sources: Sources, supply: Supply, announce: Announce) -> Iterator[Room]:
+    """A Ray that the sweep fits; one that was started here is shut down again. Raises ConfigError; nothing is written."""
+    import ray
+
+    from neo_ray import cluster
+    from neo_ray.slot import slots_wait
+
+    announce("connecting to Ray" if config.resources.address else "starting Ray on this machine")
+    capacity = cluster.connect(config.resources)
+    try:
+        slots = cluster.concurrency(config.resources, capacity)
+        plan = make_plan(config, _train_split(sources), supply=supply)
+        slots = cluster.fit_memory(config.resources, capacity, plan.least_memory_bytes, slots)
+        builders = cluster.builders(config.resources, capacity, plan.builder_bytes, slots)
+        yield Room(capacity, slots, builders, plan)
+    finally:
+        if capacity.started_here and not slots_wait():
+            ray.shutdown()
+
+
+def stand(
+    config: SweepConfig, sources: Sources, supply: Supply, room: Room, announce: Announce, journal: Journal | None = None
+) -> Sources:
+    """The sources with the student that is cut from the teacher, and with a whole store where the teacher is not alive.
+
+    Args:
+        journal: is told what the store takes.
+
+    Raises:
+        ConfigError, TargetsFailed: as `builder.stored_targets`.
+    """
+    from neo_ray.builder import stored_targets
+    from neo_ray.prepare import make_student
+
+    sources = make_student(config, sources, announce)
+    return stored_targets(config, supply, sources, room.builders, room.plan.tokens_of_all, announce, journal)
+
+
+def _train_split(sources: Sources) -> TrainSplit:
+    from neo_ray.data import open_data
+
+    split = open_data(sources.data).split("train")
+    return TrainSplit(len(split), int(split.num_tokens.sum()))
+
+
+def _quiet() -> None:
+    """Libraries' bars and warnings do not belong between a sweep's lines."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
