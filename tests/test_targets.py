@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,11 +14,14 @@ import torch
 from doors import sweep_file
 from tiny import World
 
-from neo_ray import builder, data, inventory, models, stores, targets
+from neo_ray import builder, cluster, data, ground, inventory, models, stores, supply, targets
 from neo_ray.config import SweepConfig
 from neo_ray.data import TokenData
 from neo_ray.evaluate import evaluation_batches
 from neo_ray.loading import load
+from neo_ray.parts import ModelSource, Sources
+from neo_ray.settings import ConfigError
+from neo_ray.space import build_space
 from neo_ray.stores import Recipe, Shard, Store
 
 CPU = torch.device("cpu")
@@ -154,6 +159,36 @@ def test_what_needs_no_store_or_cannot_run_is_not_built(
     shown = capsys.readouterr()
     assert message in shown.err and not shown.out, "before anything is prepared"
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(("error", "code"), [(builder.TargetsFailed("no memory"), 1), (KeyboardInterrupt(), 130)])
+def test_a_build_that_ends_early_says_so_in_its_exit_code(
+    monkeypatch: pytest.MonkeyPatch, tiny_world: World, tmp_path: Path, error: BaseException, code: int
+) -> None:
+    def failing(*_: object) -> None:
+        raise error
+
+    room = SimpleNamespace(capacity="1 node(s)", builders=1)
+    monkeypatch.setattr(ground, "prepared", lambda config, announce: (None, supply.choose(config, build_space(config))))
+    monkeypatch.setattr(ground, "connected", lambda *_: contextlib.nullcontext(room))
+    monkeypatch.setattr(ground, "stand", failing)
+    assert targets.main(["build", str(sweep_file(tiny_world, tmp_path)), "targets.mode=projection"]) == code
+
+
+@pytest.mark.parametrize("started_here", [True, False])
+def test_only_a_ray_that_was_started_here_is_shut_down(
+    monkeypatch: pytest.MonkeyPatch, tiny_world: World, tmp_path: Path, started_here: bool
+) -> None:
+    import ray
+
+    ended: list[bool] = []
+    monkeypatch.setattr(ray, "shutdown", lambda: ended.append(True))
+    monkeypatch.setattr(cluster, "connect", lambda _: cluster.Capacity((cluster.Node(cpus=0),), started_here=started_here))
+    config, none = a_sweep(tiny_world, tmp_path), supply.Supply("live", "")
+    connected = ground.connected(config, Sources(ModelSource("student"), "data"), none, lambda _: None)
+    with pytest.raises(ConfigError, match="a trial takes 1 CPUs and the cluster has 0"), connected:
+        raise AssertionError("no room")
+    assert ended == [True] * started_here
 
 
 def test_an_unknown_key_is_refused(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
