@@ -80,7 +80,7 @@ def test_step_door_end_to_end(tiny_world: World, quiet_home: Path, capsys: pytes
     result = read(path)
     assert path.name.startswith("step-cpu") and result["benchmark"] == "step" and result["environment"]["python"]
     assert result["setting"]["scored_positions"] == 2 * 31
-    assert list(result["arms"]) == ["lora", "neo", "neo_projection", "neo_hidden", "reference"]
+    assert list(result["arms"]) == ["lora", "neo", "neo_projection", "neo_hidden", "neo_topk", "reference"]
     assert all(len(arm["seconds"]) == 3 and min(arm["seconds"]) > 0 for arm in result["arms"].values())
     assert result["arms"]["lora"]["held_bytes"] < result["arms"]["neo"]["held_bytes"] == result["arms"]["reference"]["held_bytes"]
     assert bench.markdown(result) in capsys.readouterr().out
