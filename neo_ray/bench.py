@@ -1,4 +1,4 @@
-"""What does it cost? `python -m neo_ray.bench step` times optimizer steps, `… loss` the loss alone,
+"""What does it cost? `python -m neo_ray.bench step` times optimizer steps, `… loss` the loss alone, `… sweep` whole sweeps,
 `… reader` the rows of a store of targets, `… table` renders results.
 
 Every result is a ratio between arms of one run. Exit code 2: a mistake, or a package that is missing.
@@ -53,7 +53,7 @@ def _run(asked: argparse.Namespace, words: list[str]) -> int:
         _choose_device(asked.device)
         load = os.getloadavg()
         with contextlib.redirect_stdout(sys.stderr) if asked.json else contextlib.nullcontext():
-            result = describe(asked.benchmark, _step(asked) if asked.benchmark == "step" else _loss(asked), words, load)
+            result = describe(asked.benchmark, MEASURES[asked.benchmark](asked), words, load)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -78,9 +78,14 @@ def _parser() -> argparse.ArgumentParser:
     loss.add_argument("--vocabulary", type=_count, metavar="N", help="the quickstart's by default, as are the widths")
     loss.add_argument("--width", type=_count, metavar="N", help="of the student's last hidden state")
     loss.add_argument("--teacher-width", type=_count, metavar="N", help="of the teacher's")
-    for benchmark in (step, loss):
+    sweep = benchmarks.add_parser("sweep", help="whole sweeps with a living teacher and with a store, end to end")
+    sweep.add_argument("overrides", nargs="*", metavar="key=value", help="of the quickstart's sweep, e.g. training.tokens=3000")
+    sweep.add_argument("--trials", type=_count, default=8, metavar="N", help="of each sweep (8)")
+    sweep.add_argument("--file", type=Path, default=QUICKSTART, help="another sweep file")
+    for benchmark, repeats in ((step, 15), (loss, 15), (sweep, 1)):
         benchmark.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-        benchmark.add_argument("--repeats", type=_count, default=15, metavar="N", help="measured rounds of all arms (15)")
+        words = f"measured rounds of all arms ({repeats})"
+        benchmark.add_argument("--repeats", type=_count, default=repeats, metavar="N", help=words)
         benchmark.add_argument(
             "--out", type=Path, metavar="PATH", help="a .json file, or a folder: <benchmark>-<device>.json there"
         )
@@ -117,6 +122,15 @@ def _reader(asked: argparse.Namespace) -> int:
     return 0
 
 
+def _sweep(asked: argparse.Namespace) -> Measured:
+    from neo_ray.bench_sweep import measure_sweeps
+
+    return measure_sweeps(asked.file, asked.overrides, asked.trials, asked.repeats, print)
+
+
+MEASURES: dict[str, Callable[[argparse.Namespace], Measured]] = {"step": _step, "loss": _loss, "sweep": _sweep}
+
+
 def pair(teacher: str | None, student: str | None, data: str | None, length: int) -> SweepConfig:
     """The quickstart's models and text, or others in their place.
 
@@ -136,17 +150,17 @@ def describe(benchmark: str, measured: Measured, words: list[str], load: tuple[f
     import torch
 
     from neo_ray import devices
-    from neo_ray.bench_turns import BASELINE, summary
+    from neo_ray.bench_turns import summary
     from neo_ray.environment import environment
 
-    arms = summary(measured.samples)
+    arms = summary(measured.samples, measured.baseline)
     return {
         "schema_version": SCHEMA_VERSION,
         "benchmark": benchmark,
         "device": devices.describe(devices.local_device()),
         "command": shlex.join(["python", "-m", "neo_ray.bench", *words]),
         "setting": measured.setting,
-        "baseline": BASELINE,
+        "baseline": measured.baseline,
         "arms": {name: measured.known[name] | arm for name, arm in arms.items()},
         "threads": torch.get_num_threads(),
         "load_average": {"before": load, "after": os.getloadavg()},
@@ -234,6 +248,9 @@ COLUMNS: dict[str, Cell] = {
     "what": lambda _, arm: arm["about"],
     "time ratio [95 %]": _time_ratio,
     "counted": _number("counted_ratio", 2),
+    "teacher tokens": _number("teacher_tokens", 0),
+    "trials' s": _number("trial_seconds", 1),
+    "filling s": _number("filling_seconds", 1),
     "seconds [quartiles]": _seconds,
     "held MB": _number("held_bytes", 0, 1e6),
     "peak above MB": _number("median_extra_bytes", 0, 1e6),

@@ -6,6 +6,7 @@ Shapes: N scored positions, V vocabulary, H hidden width (the teacher's may be a
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -141,22 +142,20 @@ def _projected(inputs: Inputs, known: tuple[Tensor, Tensor] | None) -> Tensor:
 
 def of_trl(inputs: Inputs) -> Tensor:
     """As `dense`, with the divergence of TRL's GKD trainer: at beta = 0 it is forward KL. Its logits are fp32, as ours are."""
-    from trl.experimental.gkd import GKDTrainer
-
+    trainer = importlib.import_module("trl.experimental.gkd").GKDTrainer
     student_NV = F.linear(inputs.student_NH, inputs.student_head_VH).float()
     teacher_NV = F.linear(inputs.teacher_NH, inputs.teacher_head_VH).float()
     kd_ratio = DistillConfig().kd_ratio
-    kd = GKDTrainer.generalized_jsd_loss(student_NV[None], teacher_NV[None], inputs.labels_N[None], beta=0)
+    kd = trainer.generalized_jsd_loss(student_NV[None], teacher_NV[None], inputs.labels_N[None], beta=0)
     return (1 - kd_ratio) * F.cross_entropy(student_NV, inputs.labels_N) + kd_ratio * kd
 
 
 def of_liger(inputs: Inputs) -> Tensor:
     """Liger's own chunked loss at beta = 0, forward KL. It takes a frozen head's gradient too; compiled on a GPU alone."""
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-
+    liger = importlib.import_module("liger_kernel.chunked_loss").LigerFusedLinearJSDLoss
     kd_ratio = DistillConfig().kd_ratio
     on_gpu = inputs.student_NH.device.type == "cuda"
-    loss = LigerFusedLinearJSDLoss(1 - kd_ratio, kd_ratio, 0.0, IGNORED, compiled=on_gpu)
+    loss = liger(1 - kd_ratio, kd_ratio, 0.0, IGNORED, compiled=on_gpu)
     return loss(inputs.student_NH, inputs.student_head_VH, inputs.teacher_NH, inputs.teacher_head_VH, inputs.labels_N)
 
 

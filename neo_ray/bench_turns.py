@@ -41,6 +41,8 @@ class Measured:
     known: dict[str, dict[str, Any]]
     """Arm → what is known of it without running it: `about`, and perhaps `held_bytes` and `counted_ratio`."""
     samples: dict[str, Samples]
+    baseline: str = BASELINE
+    """The arm that ratios are taken to."""
 
 
 def num_calls(rounds: int) -> int:
@@ -97,14 +99,16 @@ def _trim_heap() -> None:
         trim(0)
 
 
-def summary(samples: Mapping[str, Samples]) -> dict[str, dict[str, Any]]:
-    """Arm → its samples, median and quartiles in seconds, median extra bytes, and ratios to the baseline (its own is 1)."""
-    base = samples[BASELINE]
-    base_bytes = float(np.median(base.extra_bytes))
-    arms = {}
+def summary(samples: Mapping[str, Samples], baseline: str = BASELINE) -> dict[str, dict[str, Any]]:
+    """Arm → its samples, median and quartiles in seconds, median extra bytes, and ratios to the baseline (its own is 1).
+
+    Bytes are None where they were not measured.
+    """
+    base, arms = samples[baseline], {}
+    base_bytes = _median(base.extra_bytes)
     for name, arm in samples.items():
         low, middle, high = np.percentile(arm.seconds, [25, 50, 75]).tolist()
-        extra_bytes = float(np.median(arm.extra_bytes))
+        extra_bytes = _median(arm.extra_bytes)
         arms[name] = {
             "seconds": arm.seconds,
             "median_seconds": middle,
@@ -112,9 +116,13 @@ def summary(samples: Mapping[str, Samples]) -> dict[str, dict[str, Any]]:
             "extra_bytes": arm.extra_bytes,
             "median_extra_bytes": extra_bytes,
             "time_ratio": time_ratio(arm.seconds, base.seconds),
-            "memory_ratio": extra_bytes / base_bytes if base_bytes else None,
+            "memory_ratio": extra_bytes / base_bytes if base_bytes and extra_bytes is not None else None,
         }
     return arms
+
+
+def _median(values: list[int]) -> float | None:
+    return float(np.median(values)) if values else None
 
 
 def time_ratio(seconds: list[float], base_seconds: list[float]) -> dict[str, float]:

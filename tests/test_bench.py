@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from doors import sweep_file
 from tiny import World, make_llama
 from torch import nn
 
@@ -104,6 +105,19 @@ def test_loss_door_end_to_end(quiet_home: Path) -> None:
     assert result["setting"].get("not_installed", "").split() == missing
     assert result["arms"]["lora"]["time_ratio"] == {"value": 1, "low": 1, "high": 1}
     assert result["command"].startswith("python -m neo_ray.bench loss --tokens 64")
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_sweep_door_end_to_end(tiny_world: World, quiet_home: Path) -> None:
+    out, words = quiet_home / "sweep.json", ["--trials", "2", "--device", "cpu"]
+    assert bench.main(["sweep", "--file", str(sweep_file(tiny_world, quiet_home, search={})), *words, "--out", str(out)]) == 0
+    result = read(out)
+    live, stored = result["arms"]["live"], result["arms"]["stored"]
+    assert result["baseline"] == "live" and live["time_ratio"]["value"] == 1
+    assert live["seconds"][0] > live["trial_seconds"] / 2 > 0 and stored["filling_seconds"] > 0 == live["filling_seconds"]
+    assert live["teacher_tokens"] > 0
+    assert stored["teacher_tokens"] == 7_440, "each once"
 
 
 def test_json_is_all_that_stands_on_stdout(tmp_path: Path) -> None:
