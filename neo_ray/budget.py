@@ -19,6 +19,8 @@ def hours_of(events: Iterable[dict[str, Any]]) -> float:
         if event["event"] == SESSION:
             seconds += last - begun if begun is not None else 0.0
             begun = event["time"]
+        elif not event["trial"] or event.get("settled"):
+            continue  # told before a session begins, of the store or of an earlier session
         last = event["time"]
     return (seconds + (last - begun if begun is not None else 0.0)) / 3600
 

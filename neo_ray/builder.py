@@ -290,6 +290,8 @@ class _Bill:
     def catch_up(self, cut: list[stores.Shard]) -> None:
         """Shards whose driver was killed before it heard of them: their records name its turn."""
         before = account(self.journal.events() if self.journal is not None else (), ())
+        if not before.fills:
+            return
         for shard in cut:
             told = stores.read_record(self.folder, shard.name)
             if told.get("fill") in before.fills and (told["fill"], shard.name) not in before.filled:

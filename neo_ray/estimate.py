@@ -40,9 +40,9 @@ class Reading:
         return None if self.tokens_per_second is None else self.num_tokens / self.tokens_per_second
 
     def check_room(self, config: SweepConfig) -> None:
-        """Raises ConfigError where the disk of the cache has less free than the store still takes."""
-        if self.num_bytes is not None:
-            inventory.check_room(inventory.folder_of(config.cache), self.num_bytes - self.bytes_there, f"{self.are} ")
+        """Raises ConfigError where the disk of the stores has less free than this one still takes."""
+        if self.num_bytes is not None and isinstance(config.targets_folder, Path):
+            inventory.check_room(config.targets_folder, self.num_bytes - self.bytes_there, f"{self.are} ")
 
 
 def reading_of(
@@ -66,7 +66,8 @@ def reading_of(
             found = min(found[0], limit + (SHARD_BYTES // row if row else 0)), found[1]
         tokens += found[0]
         are.add(found[1])
-    stores = inventory.stores_in(config.cache)
+    place = config.targets_folder
+    stores = inventory.stores_within(place) if isinstance(place, Path) else []
     there = max((stored.num_bytes for stored in stores if _has_the_names(stored, config, supply)), default=0)
     size = None if row is None else row * tokens + head_bytes
     return Reading(tokens, "about" if "about" in are else "at most", size, min(there, size or 0), _last_speed(stores, config))

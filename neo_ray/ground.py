@@ -39,11 +39,10 @@ class Room:
 
 
 def check(config: SweepConfig) -> Supply:
-    """What can be told before anything heavy is imported, and anything is written. Raises ConfigError.
+    """What can be told before anything heavy is imported, and anything is written, beside `check_writable`. Raises ConfigError.
 
     Returns where the teacher's word comes from, as far as that is known without the models.
     """
-    check_writable(config)
     check_accelerator(config)
     for one in local.CHECKS:
         one(config)

@@ -55,7 +55,11 @@ class Stored:
 
 def stores_in(cache: Path) -> list[Stored]:
     """The stores of a cache, by key."""
-    return [Stored(folder, facts_of(folder)) for folder in sorted(folder_of(cache).glob("*/"))]
+    return stores_within(folder_of(cache))
+
+
+def stores_within(place: Path) -> list[Stored]:
+    return [Stored(folder, facts_of(folder)) for folder in sorted(place.glob("*/"))]
 
 
 def folder_of(cache: Path) -> Path:
@@ -116,7 +120,7 @@ def check_room(stores: Path, needed: int, are: str = "") -> None:
     free = shutil.disk_usage(here).free
     if needed * SPARE > free:
         raise ConfigError(
-            f"storage.cache: the teacher's targets take {are}{needed / 1e9:,.1f} GB and {stores} has {free / 1e9:,.1f} GB; "
+            f"targets.path: the teacher's targets take {are}{needed / 1e9:,.1f} GB and {stores} has {free / 1e9:,.1f} GB; "
             "name a larger disk, or targets.mode=live"
         )
 

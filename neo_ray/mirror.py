@@ -7,8 +7,10 @@ nothing and loses nothing. It is tried again, and then catches up.
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -37,18 +39,19 @@ class Mirror(threading.Thread):
         self.storage: optuna.storages.RDBStorage | None = None
         self.copies: dict[int, optuna.trial.FrozenTrial] = {}
         """Trial number → what the database holds of it; its `_trial_id` is the database's."""
-        self.behind = False
+        self.behind = self.caught_up = False
 
     def run(self) -> None:
         pause = SECONDS_BETWEEN
         while not self.closing.wait(pause):
             pause = SECONDS_BETWEEN if self._try() else min(2 * pause, MAX_SECONDS_BETWEEN)
+        self.caught_up = self._try()
 
     def close(self) -> None:
-        """The last state, if the database takes it."""
+        """The last state, if the database takes it in time."""
         self.closing.set()
         self.join(SECONDS_TO_CATCH_UP)
-        if self.is_alive() or not self._try():
+        if not self.caught_up:
             self.say("the study's database misses the last trials; the records have them all")
 
     def _try(self) -> bool:
@@ -89,9 +92,11 @@ class Mirror(threading.Thread):
         if url.startswith("sqlite"):  # a copy need not survive a power cut, and waiting for the disk takes most of the time
             sqlalchemy.event.listen(storage.engine, "connect", lambda connection, _: connection.execute("PRAGMA synchronous=OFF"))
             storage.engine.dispose()
-        results, name = str(self.config.folder.resolve()), self.config.name
+        place, name = self.config.results, self.config.name
+        results = f"{socket.gethostname()}:{place.resolve()}" if isinstance(place, Path) else str(place)
+        unnamed = results if self.config.storage.study is None else None  # in a database of others only what says so is ours
         for study in storage.get_all_studies():
-            ours = study.user_attrs.get("results", results) == results
+            ours = study.user_attrs.get("results", unnamed) == results
             if study.study_name == name and not ours:
                 name = f"{name} ({results})"  # another sweep of this name, in the same database
         for study in storage.get_all_studies():

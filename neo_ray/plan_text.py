@@ -141,7 +141,7 @@ def _reading(plan: Plan) -> str:
         return "how much it reads is known once the data is prepared"
     text = f"it reads {reading.are} {reading.num_tokens:,} tokens"
     if reading.num_bytes is not None:
-        text += f"; {reading.are} {size_text(reading.num_bytes)} in storage.cache if all of them are scored"
+        text += f"; {reading.are} {size_text(reading.num_bytes)} if all of them are scored"
     if reading.bytes_there:
         text += f", of which {size_text(reading.bytes_there)} may be there"
     if reading.seconds is not None:

@@ -173,7 +173,7 @@ def settle(journal: Journal) -> list[TrialRecord]:
     records = fold(journal.events())
     for record in records:
         if record.stopped and not record.finished:
-            apply({record.id: record}, journal.write("end", record.id, state="PRUNED"))
+            apply({record.id: record}, journal.write("end", record.id, state="PRUNED", settled=True))
     return records
 
 

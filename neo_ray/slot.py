@@ -149,7 +149,8 @@ class Worker:
 
     def _watch_memory(self, shape: Any) -> None:
         """A process that keeps more and more from trial to trial is replaced, before the system ends it amid one."""
-        now = psutil.Process().memory_info().rss
+        found = psutil.Process().memory_info()
+        now = found.rss - getattr(found, "shared", 0)  # pages of mapped files (weights, data, targets) are the system's to drop
         first = self.resident.setdefault(shape, now)
         if now > MEMORY_GROWTH[0] * first + MEMORY_GROWTH[1]:
             text = "resident memory grew from %.2f to %.2f GB since the first such trial: the slot is replaced"

@@ -53,7 +53,7 @@ class Keeper(threading.Thread):
     @property
     def given_up(self) -> str | None:
         """Why no slot can be kept alive; None while one lives, or may once a node comes."""
-        if self.alive or not self.num_broken or self.num_broken < self.places:
+        if self.alive or not self.num_broken or not self.places or self.num_broken < self.places:
             return None
         return next((runner.error for runner in self.runners if runner.broken and runner.error), "all slots ended")
 

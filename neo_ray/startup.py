@@ -30,14 +30,15 @@ class Startup:
 def startup_of(records: Sequence[TrialRecord]) -> Startup:
     by_slot: dict[int, list[TrialRecord]] = defaultdict(list)
     for record in records:
-        if record.ended is not None and "slot" in record.details and "setup_seconds" in record.details and record.attempts == 1:
+        if record.ended is not None and "slot" in record.details and "setup_seconds" in record.details:
             by_slot[record.details["slot"]].append(record)
-    cold = [r.details["cold_start_seconds"] for those in by_slot.values() for r in those if "cold_start_seconds" in r.details]
+    once = [r for those in by_slot.values() for r in those if r.attempts == 1]
+    cold = [r.details["cold_start_seconds"] for r in once if "cold_start_seconds" in r.details]
     setups, outside, between = [], 0.0, 0.0
     for those in by_slot.values():
         those.sort(key=lambda record: record.ended or 0.0)
         for before, record in pairwise(those):
-            if "cold_start_seconds" in record.details:  # other workers
+            if "cold_start_seconds" in record.details or record.attempts != 1:  # other workers; what an earlier attempt took
                 continue
             cycle, setup = (record.ended or 0.0) - (before.ended or 0.0), record.details["setup_seconds"]
             setups.append(setup)

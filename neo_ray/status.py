@@ -15,10 +15,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from neo_ray.budget import exhausted, hours_of
 from neo_ray.config import SweepConfig
 from neo_ray.lease import holder
 from neo_ray.loading import load
-from neo_ray.records import Journal, TrialRecord, load_records
+from neo_ray.records import Journal, TrialRecord, fold
 from neo_ray.settings import ConfigError
 from neo_ray.space import build_space
 from neo_ray.trials import trials_planned
@@ -57,17 +58,20 @@ def status(folder: Path) -> dict[str, Any]:
         config = load(folder / "sweep.yaml")
     except ConfigError as error:
         raise ValueError(f"{folder}: holds no sweep ({error})") from None
-    records = load_records(folder) if any(True for _ in Journal(folder).events()) else []
+    events = list(Journal(folder).events())
+    records = fold(events)
     planned, driver = trials_planned(config, build_space(config)), holder(folder)
     running = [r for r in records if not r.finished]
     failed = [r for r in records if r.state == "FAILED"]
     causes = sorted({r.cause or "unknown" for r in failed})
     seconds = sum(r.seconds for r in records)
+    spent = exhausted(config.budget, records, hours_of(events), resuming=bool(running))
     return {
         "sweep": config.name,
         "driver": driver,
         "planned": planned,
-        "unfinished": max(len(running), planned - sum(r.finished for r in records)),
+        "unfinished": 0 if spent else max(len(running), planned - sum(r.finished for r in records)),
+        "budget_spent": spent,
         "states": dict(Counter(r.state for r in records)),
         "running": [_running(record, config) for record in running],
         "best": _best(records, config),

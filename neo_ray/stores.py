@@ -27,6 +27,7 @@ from torch import Tensor
 
 from neo_ray import models, staging
 from neo_ray.data import Split, TokenData
+from neo_ray.records import write_atomically
 from neo_ray.storage import Folder, Remote
 from neo_ray.storage import checksum as _checksum
 from neo_ray.supply import SHARD_BYTES
@@ -188,7 +189,7 @@ def open_store(folder: Folder, recipe: Recipe, bytes_of_row: int, data: TokenDat
         staged = staging.Staged(folder, [shard.name for shard in cut])
         folder = staged.folder
     if staged is not None and recipe.mode == "hidden":
-        (folder / f"{HEAD}.json").write_text(json.dumps(staged.bring(HEAD)))
+        write_atomically(folder / f"{HEAD}.json", json.dumps(staged.bring(HEAD)))
     head = _read_head(folder, device) if recipe.mode == "hidden" else None
     return Store(folder, recipe, data, cut, head, staged)
 

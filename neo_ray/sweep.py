@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from neo_ray import ground, loading, local, uploads
 from neo_ray.config import SweepConfig
@@ -28,6 +28,9 @@ from neo_ray.space import Space, build_space
 from neo_ray.supply import Supply
 from neo_ray.trials import differences, retried, settings_to_run, trials_planned
 from neo_ray.warm import check_same_models, warm_trials
+
+if TYPE_CHECKING:
+    from neo_ray.records import TrialRecord
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -96,6 +99,7 @@ def run(config: SweepConfig, space: Space, fresh: bool = False, retry_failed: bo
     def announce(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    ground.check_writable(config)
     _check_same_sweep(config, fresh)
     ground.check(config)
     _check_earlier(config)
@@ -113,7 +117,7 @@ def run(config: SweepConfig, space: Space, fresh: bool = False, retry_failed: bo
     records = [] if fresh else retried(fold(Journal(config.results).events()), retry_failed)
     code = 0
     left = settings_to_run(config, space, records)[1]
-    spent = None if fresh else _spent(config)
+    spent = None if fresh else _spent(config, records)
     if left and spent:
         announce(f"the budget is spent ({spent}); with a larger one the same command goes on")
     elif left:
@@ -197,14 +201,13 @@ def _check_same_sweep(config: SweepConfig, fresh: bool) -> None:
         )
 
 
-def _spent(config: SweepConfig) -> str | None:
-    """What no trial of this sweep may begin for; an interrupted one is counted already."""
+def _spent(config: SweepConfig, records: list[TrialRecord]) -> str | None:
+    """What no trial of this sweep may begin for; one that was interrupted, or is tried again, is counted already."""
     from neo_ray.budget import exhausted, hours_of
-    from neo_ray.records import Journal, fold
+    from neo_ray.records import Journal
 
-    events = list(Journal(config.results).events())
-    records = fold(events)
-    return exhausted(config.budget, records, hours_of(events), resuming=any(not record.finished for record in records))
+    hours = hours_of(Journal(config.results).events())
+    return exhausted(config.budget, records, hours, resuming=any(not record.finished for record in records))
 
 
 def _check_earlier(config: SweepConfig) -> None:

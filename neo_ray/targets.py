@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build(config: SweepConfig) -> int:
     """Fill the store of a sweep as the sweep would, also where it would not pay for that sweep alone. Raises ConfigError."""
+    ground.check_writable(config)
     supply = ground.check(config)
     if supply.mode == "live":
         raise ConfigError(f"targets.mode: this sweep takes no store, as the teacher runs in every trial: {supply.why}")

@@ -8,6 +8,7 @@ import threading
 import time
 import uuid
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,9 @@ def run_trials(
     keeper.start()
     watchdog = threading.Thread(target=_watch, args=(keeper, recorder), daemon=True)
     watchdog.start()
+    at_end = ExitStack()
     try:
-        _fit(config, space, records, given, remaining, name, keeper, recorder)
+        _fit(config, space, records, given, remaining, name, keeper, recorder, at_end)
         recorder.wait_until_all_ended()
     except KeyboardInterrupt:
         if recorder.failed is None:  # pressed, as opposed to the watchdog's
@@ -99,6 +101,7 @@ def run_trials(
     finally:
         if not lost.is_set():
             _end(keeper, recorder, board)
+        at_end.close()  # a database that does not answer must not keep trials from being put away
     if recorder.failed is not None:
         raise SweepFailed(recorder.failed)
 
@@ -119,6 +122,7 @@ def _end(keeper: Keeper, recorder: _Recorder, board: Any) -> None:
             runner.join(timeout=max(0.0, deadline - time.monotonic()))
     recorder.closing = True
     recorder.join(timeout=30)
+    keeper.join(timeout=5)
 
 
 def _fit(
@@ -130,6 +134,7 @@ def _fit(
     board: str,
     keeper: Keeper,
     recorder: _Recorder,
+    at_end: ExitStack,
 ) -> None:
     resumed = {record.id for record in records}
     numbers = iter(range(len(records) + sum(trial not in resumed for trial, _, _ in given), 10**6))
@@ -164,12 +169,10 @@ def _fit(
     )
     mirror = Mirror(config, study, recorder.progress.say)
     mirror.start()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tuner.fit()
-    finally:
-        mirror.close()
+    at_end.callback(mirror.close)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tuner.fit()
 
 
 class Relay(tune.Trainable):

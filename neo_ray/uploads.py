@@ -19,6 +19,8 @@ from neo_ray.settings import ConfigError
 from neo_ray.storage import RECORD, Damaged, Folder, Remote, alone, at, bring_folder, upload_folder
 
 CONTRACT = ("sweep.yaml", "sources.json", "environment.json")
+PATIENCE_AT_THE_DOOR = 30.0
+"""Seconds for which a store may fail before a command says so: a mistake in its address looks like an outage."""
 REPORT = ("trials.jsonl", "guidelines.json", "report.md", "best.yaml")
 
 
@@ -33,7 +35,7 @@ def bring(results: Folder) -> Path:
     if not isinstance(results, Path):
         for name in CONTRACT:
             try:
-                (results / name).download(folder / name)
+                (results / name).impatient(PATIENCE_AT_THE_DOOR).download(folder / name)
             except FileNotFoundError:
                 (folder / name).unlink(missing_ok=True)
     return folder
@@ -102,11 +104,13 @@ def publish_end(results: Folder, trial: str, state: str) -> None:
     """What a trial leaves: its adapter, or a checkpoint to go on from."""
     if isinstance(results, Path):
         return
-    adapter = results.here / "trials" / trial / "adapter"
+    here = results.here / "trials" / trial
     if state == "INTERRUPTED":
         publish_checkpoint(results, trial)
-    elif adapter.is_dir():
-        upload_folder(adapter, results / "trials" / trial / "adapter")
+        return
+    if state == "COMPLETE" and (here / "adapter").is_dir():
+        upload_folder(here / "adapter", results / "trials" / trial / "adapter")
+    shutil.rmtree(here / "checkpoint", ignore_errors=True)  # the one in the store stays until the end is in the journal
 
 
 def drop_checkpoint(results: Folder, trial: str) -> None:

@@ -52,8 +52,11 @@ def test_the_share_is_that_of_what_ends_first() -> None:
 
 
 def test_hours_are_those_in_which_a_driver_ran() -> None:
-    times = [("start", 50), ("session", 100), ("start", 400), ("report", 1000), ("session", 90_000), ("end", 90_900)]
-    assert hours_of({"event": event, "time": time} for event, time in times) == pytest.approx((900 + 900) / 3600)
+    times = [("start", 50), ("session", 100), ("start", 400), ("report", 1000)]
+    times += [("targets", 89_000), ("session", 90_000), ("end", 90_900)]  # between the two nobody ran trials
+    events = [{"event": event, "trial": "0000" if event in ("start", "report", "end") else "", "time": t} for event, t in times]
+    settled = {"event": "end", "trial": "0001", "time": 89_500, "settled": True}
+    assert hours_of([*events[:5], settled, *events[5:]]) == pytest.approx((900 + 900) / 3600)
     assert hours_of([]) == 0
 
 

@@ -185,6 +185,6 @@ def test_a_disk_too_small_is_refused_before_anything_is_written(monkeypatch: pyt
     shard = builder.stores.Shard("train", 0, 0, 1)
     builder._check_disk(tmp_path, data, [shard], bytes_of_row=90)
     with pytest.raises(
-        ConfigError, match=r"storage.cache: the teacher's targets take 0.1 GB and .* has 0.1 GB; name a larger disk"
+        ConfigError, match=r"targets.path: the teacher's targets take 0.1 GB and .* has 0.1 GB; name a larger disk"
     ):
         builder._check_disk(tmp_path, data, [shard], bytes_of_row=95)

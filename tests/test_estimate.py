@@ -85,7 +85,7 @@ def test_no_store_is_spoken_of_where_the_teacher_is_alive(tmp_path: Path) -> Non
 def test_the_time_is_that_of_the_teachers_last_store_and_else_not_stated(tmp_path: Path) -> None:
     config = a_sweep(tmp_path)
     text = render(make_plan(config))
-    assert "it reads about 1,000,000 tokens; about 1.2 GB in storage.cache if all of them are scored\n" in text
+    assert "it reads about 1,000,000 tokens; about 1.2 GB if all of them are scored\n" in text
     keep(config, "another", 1.0, size=10, quantization="4bit")
     assert reading(tmp_path).seconds is None
     keep(config, "hidden", 500.0, size=1, mode="hidden")
@@ -110,7 +110,7 @@ def test_a_disk_too_small_would_be_refused_where_the_store_was_asked_for(
     free = 10**9
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
     assert sweep.main([str(tmp_path / "sweep.yaml"), "--dry-run"]) == 0
-    line = f"storage.cache: the teacher's targets take about 1.2 GB and {tmp_path}/cache/targets has 1.0 GB; name a larger disk"
+    line = f"targets.path: the teacher's targets take about 1.2 GB and {tmp_path}/cache/targets has 1.0 GB; name a larger disk"
     assert f"would be refused: {line}" in capsys.readouterr().out
     local.check_room(automatic)
     assert f"   note: {line}, or targets.mode=live; as it is, the teacher will run in every trial" in render(make_plan(automatic))

@@ -167,7 +167,7 @@ def test_a_results_folder_keeps_to_one_meaning_of_a_trial(
     assert "training.batch_size: 4 → 8" in error and "--fresh to put that one aside" in error
     assert not differences(load(path), load(path, ["sampler.num_trials=9", "resources.concurrency=1"])), "an extension is none"
 
-    _set_aside(folder)
+    _set_aside(load(path))
     (aside,) = [f for f in folder.parent.iterdir() if f != folder]
     assert {f.name for f in aside.iterdir()} == {"sweep.yaml", "trials.jsonl"} and not list(folder.iterdir())
 
