@@ -109,6 +109,8 @@ def lines(found: dict[str, Any]) -> list[str]:
         text.append(f"tokens: {found['tokens']:,}, {found['tokens_per_worker_second']:,.0f} a second of a trial")
     if found["seconds_left"] is not None:
         text.append(f"left: about {found['seconds_left'] / 60:.0f} min, by the trials so far")
+    if found["budget_spent"]:
+        text.append(f"the budget is spent ({found['budget_spent']})")
     if found["unfinished"] and not driver:
         text.append(f"{found['unfinished']} trials are left: the sweep's own command goes on")
     return [*text, *(f"{name}: {path}" for name, path in found["paths"].items())]

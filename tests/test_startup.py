@@ -24,14 +24,15 @@ def test_the_figures_are_those_of_the_slots() -> None:
         a_record(2, 0, 131.0, 30.0),  # 31 s after the slot's last: 30 of the trial, half a second of them its set-up
         a_record(3, 1, 131.0, 29.5),
         a_record(4, 0, 500.0, 30.0, attempts=2),
+        a_record(6, 0, 531.0, 30.0),
         a_record(5, 0, 900.0, 30.0, details=cold),  # other workers in the same place
     ]
     found = startup_of(records)
-    assert found.cold_starts == (31.0, 31.0, 31.0) and found.setups == (0.5, 0.5)
-    assert (found.outside, found.between) == (pytest.approx(1.5 + 1.0), pytest.approx(61.0))
+    assert found.cold_starts == (31.0, 31.0, 31.0) and found.setups == (0.5, 0.5, 0.5)
+    assert (found.outside, found.between) == (pytest.approx(1.5 + 1.0 + 1.5), pytest.approx(92.0))
     assert startup_line(records) == (
-        "Start-up: cold start 31 s once a slot (3 in all); 0.5 s a trial after that; 4.1 % of the warm workers' time outside "
-        "training and evaluation (2 trials)."
+        "Start-up: cold start 31 s once a slot (3 in all); 0.5 s a trial after that; 4.3 % of the warm workers' time outside "
+        "training and evaluation (3 trials)."
     )
     assert startup_line(records[:2]) == "Start-up: cold start 31 s once a slot (2 in all); no slot ran a second trial."
     assert startup_line([TrialRecord(id="0000")]) is None

@@ -53,6 +53,20 @@ def test_a_sweep_that_nobody_drives_says_so_by_its_exit_code(folder: Path, capsy
     assert json.loads(capsys.readouterr().out)["driver"]
 
 
+def test_a_store_that_is_being_filled_is_no_missing_sweep(tiny_world: World, tmp_path: Path) -> None:
+    config = load(sweep_file(tiny_world, tmp_path))
+    config.folder.mkdir(parents=True)
+    (config.folder / "sweep.yaml").write_text(dump(config))
+    Journal(config.folder).write("filling", "", fill="a", store="b")
+    assert status(config.folder)["states"] == {}
+
+
+def test_a_sweep_whose_budget_is_spent_is_done(folder: Path) -> None:
+    (folder / "sweep.yaml").write_text(dump(load(folder / "sweep.yaml", ["budget.tokens=1000"])))
+    found = status(folder)
+    assert found["unfinished"] == 0 and found["budget_spent"] == "tokens: 1,500 of 1,000"
+
+
 def test_watching_ends_with_the_driver(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(folder), "--watch", "60"]) == 1
 
