@@ -339,7 +339,9 @@ def test_a_mistake_is_one_line(
     assert error.startswith("error: ") and complaint in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("words", [[], ["step", "--batch", "0"], ["step", "--device", "tpu"], ["sweep", "--trials", "0"], ["trial"]])
+@pytest.mark.parametrize(
+    "words", [[], ["step", "--batch", "0"], ["step", "--device", "tpu"], ["sweep", "--trials", "0"], ["trial"]]
+)
 def test_words_that_are_not_allowed(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         bench.main(words)
