@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 DESCRIPTION = "Time and memory as ratios between arms of one run; the scheme of the results: docs/benchmarks/README.md."
 QUICKSTART = Path(__file__).resolve().parent.parent / "sweeps" / "quickstart.yaml"
+PRESETS = ("quickstart", "llama-8b-1b")
+LLAMA = PRESETS[1]
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 """What stands between them in a README is rendered from the JSON files beside it."""
 
@@ -67,15 +69,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m neo_ray.bench", description=DESCRIPTION)
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)
     step = benchmarks.add_parser("step", help="one optimizer step: LoRA-SFT, Neo, and Neo as the reference trainer steps")
-    step.add_argument("--batch", type=_count, default=4, metavar="N", help="sequences of a step (4)")
-    step.add_argument("--length", type=_count, default=256, metavar="N", help="tokens of a sequence (256)")
+    words = "models and sizes: the quickstart's, or random ones as Llama 3.1 8B and 3.2 1B, which need a GPU"
+    step.add_argument("--preset", choices=PRESETS, default="quickstart", help=words)
+    step.add_argument("--batch", type=_count, metavar="N", help="sequences of a step (4; llama-8b-1b: 1)")
+    step.add_argument("--length", type=_count, metavar="N", help="tokens of a sequence (256; llama-8b-1b: 2048)")
     step.add_argument("--teacher", metavar="MODEL", help="folder or hub name; the quickstart's by default")
     step.add_argument("--student", metavar="MODEL", help="folder or hub name; the quickstart's cut of its teacher by default")
     step.add_argument("--data", metavar="SOURCE", help="text; the quickstart's by default")
     step.add_argument("--tiny", action="store_true", help="random models of a few layers: seconds, to see it run")
     loss = benchmarks.add_parser("loss", help="the loss alone, heads included")
-    loss.add_argument("--tokens", type=_count, default=1024, metavar="N", help="scored positions (1024)")
-    loss.add_argument("--vocabulary", type=_count, metavar="N", help="the quickstart's by default, as are the widths")
+    loss.add_argument("--preset", choices=PRESETS, default="quickstart", help="whose vocabulary and widths")
+    loss.add_argument("--tokens", type=_count, metavar="N", help="scored positions (1024; llama-8b-1b: 2048)")
+    loss.add_argument("--vocabulary", type=_count, metavar="N", help="another than the preset's")
     loss.add_argument("--width", type=_count, metavar="N", help="of the student's last hidden state")
     loss.add_argument("--teacher-width", type=_count, metavar="N", help="of the teacher's")
     sweep = benchmarks.add_parser("sweep", help="whole sweeps with a living teacher and with a store, end to end")
@@ -101,18 +106,30 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _step(asked: argparse.Namespace) -> Measured:
+    from neo_ray.settings import ConfigError
+
+    is_llama, given = asked.preset == LLAMA, (asked.teacher, asked.student, asked.data)
+    if is_llama and (asked.tiny or any(given)):
+        raise ConfigError(f"--preset: {LLAMA} has its own random models; allowed beside it: --batch, --length, --repeats")
+    batch, length = asked.batch or (1 if is_llama else 4), asked.length or (2048 if is_llama else 256)
+    from neo_ray import bench_pairs
     from neo_ray.bench_step import measure_steps
 
-    config = None if asked.tiny else pair(asked.teacher, asked.student, asked.data, asked.length)
-    return measure_steps(config, asked.batch, asked.length, asked.repeats, print)
+    random = bench_pairs.LLAMA if is_llama else bench_pairs.TINY
+    models = random if is_llama or asked.tiny else pair(*given, length)
+    return measure_steps(models, batch, length, asked.repeats, print)
 
 
 def _loss(asked: argparse.Namespace) -> Measured:
-    from neo_ray.assets import SMOLLM2_CONFIG
     from neo_ray.bench_loss import measure_losses
+    from neo_ray.shapes import KNOWN_SHAPES
 
-    vocabulary, width = asked.vocabulary or SMOLLM2_CONFIG["vocab_size"], asked.width or SMOLLM2_CONFIG["hidden_size"]
-    return measure_losses(asked.tokens, vocabulary, width, asked.teacher_width or width, asked.repeats, print)
+    is_llama = asked.preset == LLAMA
+    teacher, student = (KNOWN_SHAPES[name] for name in (("llama-3.1-8b", "llama-3.2-1b") if is_llama else ("smollm2-135m",) * 2))
+    width = asked.width or student.hidden_size
+    teacher_width = asked.teacher_width or (asked.width or teacher.hidden_size)
+    tokens = asked.tokens or (2048 if is_llama else 1024)
+    return measure_losses(tokens, asked.vocabulary or student.vocab_size, width, teacher_width, asked.repeats, print)
 
 
 def _reader(asked: argparse.Namespace) -> int:
@@ -212,7 +229,23 @@ def markdown(result: dict[str, Any]) -> str:
     rows.insert(1, ["-" * width for width in widths])
     lines = (" | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in rows)
     table = "\n".join(f"| {line} |" for line in lines)
-    return f"### {result['benchmark']}, {result['device']}\n\n{_conditions(result)}\n\n{table}"
+    paragraphs = f"### {result['benchmark']}, {result['device']}", _conditions(result), table, _ceiling(result)
+    return "\n\n".join(filter(None, paragraphs))
+
+
+def _ceiling(result: dict[str, Any]) -> str:
+    """What no store of targets can exceed, beside what the best one came to."""
+    arms = result["arms"]
+    counted = arms.get("neo", {}).get("counted_ratio")
+    stored = {name: arm for name, arm in arms.items() if name != "neo" and name.startswith("neo_")}
+    if counted is None or not stored:
+        return ""
+    best = min(stored, key=lambda name: stored[name]["time_ratio"]["value"])
+    gain = arms["neo"]["time_ratio"]["value"] / stored[best]["time_ratio"]["value"]
+    return (
+        f"Counted, a live teacher's step costs {counted:.2f} × that without a teacher: the most that a store can spare. "
+        f"Measured, it costs {gain:.2f} × that of `{best}`."
+    )
 
 
 def _conditions(result: dict[str, Any]) -> str:

@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from neo_ray import devices
+from neo_ray.bench_pairs import DENSE_TENSORS, check_memory
 from neo_ray.bench_turns import BASELINE, Announce, Measured, take_turns
 from neo_ray.chunked import chunked_loss, projected_loss, projection
 from neo_ray.losses import IGNORED, TopK, neo_loss, top_k
+from neo_ray.memory import FP32
 from neo_ray.models import Head
 from neo_ray.settings import DistillConfig
 
@@ -48,6 +50,7 @@ def measure_losses(num_tokens: int, vocabulary: int, width: int, teacher_width: 
     """Forward and backward of every loss arm on the same random inputs."""
     device = devices.local_device()
     dtype = devices.resolve_dtype("auto", device)
+    check_memory("--preset", loss_bytes(num_tokens, vocabulary, width, teacher_width, dtype.itemsize), device)
     inputs = make_inputs(num_tokens, vocabulary, width, teacher_width, device, dtype)
 
     def once(arm: LossArm) -> Callable[[int], None]:
@@ -65,6 +68,11 @@ def measure_losses(num_tokens: int, vocabulary: int, width: int, teacher_width: 
     arms = {name: arm for name, arm in ARMS.items() if name not in missing}
     samples = take_turns({name: once(arm) for name, arm in arms.items()}, rounds, device, announce)
     return Measured(setting, {name: {"about": arm.about} for name, arm in arms.items()}, samples)
+
+
+def loss_bytes(num_tokens: int, vocabulary: int, width: int, teacher_width: int, size: int) -> int:
+    """What a device holds at the peak of `bench loss`: both heads, the student's in fp32 too, and the dense loss."""
+    return vocabulary * (width * (size + FP32) + teacher_width * size) + DENSE_TENSORS * FP32 * num_tokens * vocabulary
 
 
 def make_inputs(

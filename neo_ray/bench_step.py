@@ -13,21 +13,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
 
 from neo_ray import adapters, devices, filling, models, stores, train
 from neo_ray.batches import StepPlan, plan_steps
+from neo_ray.bench_pairs import ADAM_MOMENTS_BYTES, RandomPair, even_split, make_parts
 from neo_ray.bench_turns import BASELINE, Announce, Measured, num_calls, take_turns
 from neo_ray.config import SweepConfig
 from neo_ray.data import Split, TokenData, collate
 from neo_ray.losses import IGNORED
 from neo_ray.memory import adapter_parameters
-from neo_ray.parts import ModelSource, Parts, Sources, load_parts, shape_of
+from neo_ray.parts import Parts, load_parts
 from neo_ray.prepare import make_student, prepare
 from neo_ray.settings import ConfigError, DeepSpeedConfig, LoraConfig, TrainingConfig, TrialConfig
 from neo_ray.shapes import ModelShape, shape_from_config
@@ -35,7 +34,14 @@ from neo_ray.student import Student
 from neo_ray.supply import row_bytes
 
 LORA = LoraConfig(rank=16, alpha=32)
-ADAM_MOMENTS_BYTES = 2 * 4
+
+
+class WholeLogits(Student):
+    """Ends its forward pass with the logits of all positions."""
+
+    def forward(self, *given: Any) -> torch.Tensor:  # type: ignore[override]
+        with devices.autocast(self.device, self.dtype):
+            return self.model(**models.inputs(self.model, *given)).logits
 
 
 @dataclass(frozen=True)
@@ -45,39 +51,37 @@ class StepArm:
     """What sets the arm's trial apart from the others'."""
     step: Callable[..., tuple[float, ...]]
     """Called as the project's own step is; returns loss, CE and KD."""
-    has_whole_logits: bool = False
-    """Does the engine's forward pass end with the logits of all positions?"""
+    student: type[Student] = Student
     targets: stores.Mode | None = None
     """What speaks for the teacher; None: it is alive."""
 
 
-def measure_steps(config: SweepConfig | None, batch: int, length: int, rounds: int, announce: Announce) -> Measured:
+def measure_steps(pair: SweepConfig | RandomPair, batch: int, length: int, rounds: int, announce: Announce) -> Measured:
     """One optimizer step of every arm on full sequences: no padding, and every position scored that has a next one.
 
     Args:
-        config: whose models and text; None takes random models of a few layers and random tokens.
+        pair: whose models and text, or random ones.
 
     Raises:
-        ConfigError: models or text cannot be had.
+        ConfigError: models or text cannot be had, or do not fit into memory.
     """
     devices.prepare_deepspeed()  # first, so that its absence is known at once
     device, steps = devices.local_device(), num_calls(rounds)
     trial = make_trial(batch, steps)
-    if config is None:
-        parts = tiny_parts(trial, device, length)
+    if isinstance(pair, RandomPair):
+        parts = make_parts(pair, trial, device, length, batch * steps)
     else:
-        parts = load_parts(make_student(config, prepare(config, announce), announce), trial, device)
+        parts = load_parts(make_student(pair, prepare(pair, announce), announce), trial, device)
     split = full_sequences(parts.data.split("train"), length, batch * steps)
     plan = plan_steps(split.num_tokens, split.num_labels, trial.training, points=1, seed=trial.seed)
     with process_group(device), tempfile.TemporaryDirectory() as folder:
         running = {name: Running(arm, trial, parts, split, plan, Path(folder)) for name, arm in ARMS.items()}
-        known = {name: _known(arm, running[name]) for name, arm in ARMS.items()}
+        known = {name: _known(arm, running[name], parts.teacher) for name, arm in ARMS.items()}
         samples = take_turns({name: run.step for name, run in running.items()}, rounds, device, announce)
         for run in running.values():
             run.engine.destroy()
     setting = {
-        "teacher": config.teacher.model if config is not None and config.teacher is not None else "random, tiny",
-        "student": _student_name(config),
+        **_names(pair),
         "batch_size": batch,
         "length_tokens": length,
         "scored_positions": int(plan.labels[0]),
@@ -97,12 +101,12 @@ class Running:
 
     def __init__(self, arm: StepArm, trial: TrialConfig, parts: Parts, split: Split, plan: StepPlan, folder: Path) -> None:
         self.trial = TrialConfig.model_validate({**dict(trial), **arm.settings})
-        self.parts = replace(parts, student=copy.deepcopy(parts.student))  # a model carries one adapter at a time
+        shared = {id(weight): weight for weight in parts.student.parameters()}  # frozen: a copy of its modules is enough
+        self.parts = replace(parts, student=copy.deepcopy(parts.student, shared))  # a model carries one adapter at a time
         if arm.targets is not None:
             store = fill_store(arm.targets, parts, split, folder / arm.targets)
             self.parts = replace(self.parts, teacher=None, targets=store)
-        self.student = Student(adapters.attach(self.parts.student, self.trial), parts.device, parts.dtype)
-        self.student.has_whole_logits = arm.has_whole_logits
+        self.student = arm.student(adapters.attach(self.parts.student, self.trial), parts.device, parts.dtype)
         self.trained = adapters.trained_parameters(self.student.model)
         self.engine = train.build_engine(self.student, self.trained, self.trial, world_size=1)
         self._arm, self._split, self._plan = arm, split, plan
@@ -161,7 +165,7 @@ ARMS = {
     "neo_projection": StepArm("Neo, stored projections", {"method": "neo"}, train.optimizer_step, targets="projection"),
     "neo_hidden": StepArm("Neo, stored hidden states", {"method": "neo"}, train.optimizer_step, targets="hidden"),
     "neo_topk": StepArm("Neo, stored top 64 tokens", {"method": "neo"}, train.optimizer_step, targets="topk"),
-    "reference": StepArm("Neo as the reference trainer steps", {"method": "neo"}, reference_step, has_whole_logits=True),
+    "reference": StepArm("Neo as the reference trainer steps", {"method": "neo"}, reference_step, WholeLogits),
 }
 
 
@@ -183,67 +187,62 @@ def full_sequences(split: Split, length: int, count: int) -> Split:
     count = min(count, len(ids) // length)
     if count == 0:
         raise ConfigError(f"--length: {length} tokens are more than the {len(ids)} of the training text")
-    return _split(*(side[: count * length].reshape(count, length) for side in (ids, labels)))
+    return even_split(*(side[: count * length].reshape(count, length) for side in (ids, labels)))
 
 
-def _split(ids_EL: np.ndarray, labels_EL: np.ndarray) -> Split:
-    lengths_E = np.full(len(ids_EL), ids_EL.shape[1])
-    rows = datasets.Dataset.from_dict({"input_ids": list(ids_EL), "labels": list(labels_EL)})
-    return Split(rows, lengths_E, (labels_EL[:, 1:] != IGNORED).sum(axis=1), np.zeros_like(lengths_E))
-
-
-def tiny_parts(trial: TrialConfig, device: torch.device, length: int) -> Parts:
-    """A random teacher of 4 layers, a random student of 2, 64 random sequences: enough to see the benchmark run."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    vocabulary, dtype = 512, devices.resolve_dtype(trial.training.dtype, device)
-    widths: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-    widths["vocab_size"] = vocabulary
-    torch.manual_seed(0)
-
-    def model(num_layers: int) -> nn.Module:
-        network: nn.Module = LlamaForCausalLM(LlamaConfig(num_hidden_layers=num_layers, use_cache=False, **widths))
-        return network.to(device, dtype).eval().requires_grad_(False)
-
-    ids_EL = np.random.default_rng(0).integers(vocabulary, size=(64, length))
-    data = TokenData(Path(), "random", {}, {"train": _split(ids_EL, ids_EL)})
-    sources = Sources(ModelSource("random"), "random", ModelSource("random"), vocabulary)
-    return Parts(sources, shape_of(trial, device), model(2), model(4), data, device, dtype)
-
-
-def counted_ratio(lora: LoraConfig, student: ModelShape, teacher: ModelShape | None = None) -> float:
+def counted_ratio(
+    lora: LoraConfig, student: ModelShape, teacher: ModelShape | None = None, targets: stores.Mode | None = None
+) -> float:
     """A step's operations over those of the LoRA-SFT step, counted from the parameters; 1 without a teacher.
 
     Per token 2 operations for each weight in a forward pass and 2 for the gradient of its input; a frozen weight needs no
     gradient of its own, the adapter's do (2 more). Attention's products, norms and the softmaxes are left out.
+
+    Args:
+        targets: the teacher's word comes from a store. Of its hidden states the head is taken again; the rest needs no product.
     """
     sft = 4 * _multiplied(student) + 6 * adapter_parameters(student, lora)
-    return (sft + (2 * _multiplied(teacher) if teacher is not None else 0)) / sft
+    if teacher is None or targets in ("projection", "topk"):
+        return 1.0
+    taught = _head_weights(teacher) if targets == "hidden" else _multiplied(teacher)
+    return (sft + 2 * taught) / sft
 
 
 def _multiplied(shape: ModelShape) -> int:
     """Weights that each token is multiplied by: the linear layers and the head."""
     layer = sum(n_in * n_out for n_in, n_out in shape.linear_layers.values())
-    return shape.num_layers * layer + shape.vocab_size * shape.hidden_size
+    return shape.num_layers * layer + _head_weights(shape)
 
 
-def _known(arm: StepArm, running: Running) -> dict[str, Any]:
-    """What the arm alone would hold between steps (weights of its models, AdamW's moments), and its counted operations."""
-    has_teacher = running.trial.has_teacher and running.parts.teacher is not None
-    held: list[Any] = [running.parts.student, *([running.parts.teacher] if has_teacher else [])]
+def _head_weights(shape: ModelShape) -> int:
+    return shape.vocab_size * shape.hidden_size
+
+
+def _known(arm: StepArm, running: Running, teacher: Any) -> dict[str, Any]:
+    """What the arm alone would hold between steps (weights of its models, AdamW's moments), and its counted operations.
+
+    Args:
+        teacher: the model, whether it is alive for the arm or not.
+    """
+    student: Any = running.parts.student
+    has_teacher = running.trial.has_teacher
+    held: list[Any] = [student, *([teacher] if has_teacher and arm.targets is None else [])]
     weights = sum(p.numel() * p.element_size() for model in held for p in model.parameters())
     moments = ADAM_MOMENTS_BYTES * sum(p.numel() for p in running.trained.values())
-    shapes = [shape for model in held if (shape := shape_from_config(model.config.to_dict())) is not None]
-    counts = len(shapes) == len(held) and arm.targets != "hidden"  # whose teacher's head is not counted
-    counted = counted_ratio(running.trial.lora, *shapes) if counts else None
+    of_student, of_teacher = (shape_from_config(model.config.to_dict()) for model in (student, teacher))
+    counted = None
+    if of_student is not None and (of_teacher is not None or not has_teacher):
+        counted = counted_ratio(running.trial.lora, of_student, of_teacher if has_teacher else None, arm.targets)
     return {"about": arm.about, "held_bytes": weights + moments, "counted_ratio": counted}
 
 
-def _student_name(config: SweepConfig | None) -> str:
-    if config is None:
-        return "random, tiny"
-    prune = config.student.prune
-    return str(config.student.model) if prune is None else f"the teacher cut to {prune.num_layers} layers"
+def _names(pair: SweepConfig | RandomPair) -> dict[str, str]:
+    if isinstance(pair, RandomPair):
+        return {"teacher": pair.teacher_name, "student": pair.student_name}
+    prune = pair.student.prune
+    student = str(pair.student.model) if prune is None else f"the teacher cut to {prune.num_layers} layers"
+    assert pair.teacher is not None
+    return {"teacher": pair.teacher.model, "student": student}
 
 
 @contextmanager

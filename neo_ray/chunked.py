@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neo_ray.losses import LossSums, TopK, neo_loss
+from neo_ray.devices import Compilable, has_compiler, rows_vary
+from neo_ray.losses import Law, LossSums, TopK, is_exactly, loss_terms
 from neo_ray.memory import chunk_rows
 from neo_ray.models import AnyHead, Head
 from neo_ray.settings import DistillConfig
@@ -30,6 +31,7 @@ def chunked_loss(
     label_smoothing: float = 0.0,
     rows: int | None = None,
     factor: float = 1.0,
+    compiles: bool = True,
 ) -> LossSums:
     """`neo_loss` of the logits that `head` makes of `states_NH`: the same sums and gradients, at the memory of one chunk.
 
@@ -40,14 +42,28 @@ def chunked_loss(
         rows: positions of a chunk; by default as many as `memory.CHUNK_BYTES` hold.
         factor: what the sum is multiplied with before backward. Gradients are made at this scale: those of the plain sum may be
             too small for fp16. Another factor than the one that comes costs precision and no correctness.
+        compiles: what becomes of a chunk's logits is compiled, on devices that have a compiler.
     """
-    rows = rows or chunk_rows(vocabulary, states_NH.device.type)
+    device = states_NH.device
+    rows = rows or chunk_rows(vocabulary, device.type)
+    law = Law.of(distill, label_smoothing, device if compiles and has_compiler(device) else None)
 
-    def chunk_loss(states_CH: Tensor, where: slice) -> LossSums:
-        logits_CV = head.logits(states_CH, vocabulary)
-        return neo_loss(logits_CV, labels_N[where], teacher(where) if teacher else None, distill, label_smoothing)
+    def chunk(states_CH: Tensor, where: slice, wanted: bool) -> tuple[Tensor, ...]:
+        """Total, CE and KD as one tensor; where `wanted`, the gradients on the states and on what is trained of the head."""
 
-    total, ce, kd = _InChunks.apply(states_NH, chunk_loss, rows, factor, *head.trained)
+        def take(terms: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, ...]:
+            with torch.set_grad_enabled(wanted):
+                inputs_CH = states_CH.detach().requires_grad_(wanted)
+                known = head.logits(inputs_CH, vocabulary), labels_N[where], teacher(where) if teacher else None
+                total, ce, kd = terms(*rows_vary(device, *known), law)
+                del known  # what the backward pass needs of it, it keeps
+            sums = torch.stack([total.detach(), ce, kd])
+            at_scale = torch.full_like(total, factor)
+            return (sums, *torch.autograd.grad(total, (inputs_CH, *head.trained), at_scale)) if wanted else (sums,)
+
+        return TERMS.attempt(device, compiles, take)
+
+    total, ce, kd = _InChunks.apply(states_NH, chunk, rows, factor, *head.trained)
     return LossSums(total, ce, kd, labels_N.numel())
 
 
@@ -56,7 +72,7 @@ class _InChunks(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, states_NH: Tensor, chunk_loss: Callable[..., LossSums], rows: int, factor: float, *trained: Tensor
+        ctx: Any, states_NH: Tensor, chunk: Callable[..., tuple[Tensor, ...]], rows: int, factor: float, *trained: Tensor
     ) -> Any:
         wanted = states_NH.requires_grad or bool(trained)
         sums = torch.zeros(3, dtype=torch.float32, device=states_NH.device)
@@ -64,16 +80,12 @@ class _InChunks(torch.autograd.Function):
         gradients = [torch.zeros_like(tensor) for tensor in trained]
         for start in range(0, len(states_NH), rows):
             where = slice(start, start + rows)
-            with torch.set_grad_enabled(wanted):
-                states_CH = states_NH[where].detach().requires_grad_(wanted)
-                loss = chunk_loss(states_CH, where)
+            found, *of_chunk = chunk(states_NH[where], where, wanted)
+            sums += found
             if wanted:
-                at_scale = torch.full_like(loss.total, factor)
-                gradient_NH[where], *others = torch.autograd.grad(loss.total, (states_CH, *trained), at_scale)
+                gradient_NH[where], *others = of_chunk
                 for gradient, other in zip(gradients, others, strict=True):
                     gradient += other
-            sums += torch.stack([loss.total.detach(), loss.ce, loss.kd])
-            del loss
         ctx.save_for_backward(gradient_NH, *gradients)
         ctx.factor = factor
         total, ce, kd = sums.unbind()
@@ -85,6 +97,9 @@ class _InChunks(torch.autograd.Function):
         gradient_NH, *gradients = ctx.saved_tensors
         left = grad_total / ctx.factor
         return (gradient_NH * left, None, None, None, *(gradient * left for gradient in gradients))
+
+
+TERMS = Compilable(loss_terms)
 
 
 def projection(teacher_CV: Tensor, head: Head, vocabulary: int, temperature: float) -> tuple[Tensor, Tensor]:
@@ -115,6 +130,7 @@ def projected_loss(
     label_smoothing: float = 0.0,
     rows: int | None = None,
     factor: float = 1.0,
+    compiles: bool = True,
 ) -> LossSums:
     """`neo_loss` with forward KL of a teacher of whom only `projection` is known, at the price of plain cross-entropy.
 
@@ -122,13 +138,11 @@ def projected_loss(
 
     Args:
         projected: c_NH and constant_N at the temperature of `distill`; None leaves plain cross-entropy.
-        factor: as for `chunked_loss`.
+        factor, compiles: as for `chunked_loss`.
     """
     rows = rows or chunk_rows(vocabulary, states_NH.device.type)
-    kd_ratio = distill.kd_ratio if projected is not None else 0.0
-    total, ce, kd = _Projected.apply(
-        states_NH, head, labels_N, projected, kd_ratio, distill.temperature, vocabulary, label_smoothing, rows, factor
-    )
+    law = Law.of(distill, label_smoothing, states_NH.device if compiles and has_compiler(states_NH.device) else None)
+    total, ce, kd = _Projected.apply(states_NH, head, labels_N, projected, law, vocabulary, rows, factor, compiles)
     return LossSums(total, ce, kd, labels_N.numel())
 
 
@@ -142,47 +156,23 @@ class _Projected(torch.autograd.Function):
         head: Head,
         labels_N: Tensor,
         projected: tuple[Tensor, Tensor] | None,
-        kd_ratio: float,
-        temperature: float,
+        law: Law,
         vocabulary: int,
-        label_smoothing: float,
         rows: int,
         factor: float,
+        compiles: bool,
     ) -> Any:
-        scale, weight_VH, _ = linear(head, vocabulary)
+        device = states_NH.device
+        scale, weight_VH, bias_V = linear(head, vocabulary)
         gradient_NH = torch.empty_like(states_NH)
-        sums = torch.zeros(3, dtype=torch.float32, device=states_NH.device)
+        sums = torch.zeros(3, dtype=torch.float32, device=device)
+        at_scale = torch.full((), factor, device=device) if compiles and has_compiler(device) else factor
         for start in range(0, len(states_NH), rows):
             where = slice(start, start + rows)
-            states_CH, labels_C1 = states_NH[where], labels_N[where, None]
-            logits_CV = head.logits(states_CH, vocabulary)
-            lse_C, label_C = torch.logsumexp(logits_CV, dim=-1), logits_CV.gather(-1, labels_C1).squeeze(-1)
-            ce_C = lse_C - label_C
-            hard_C, kd_C = ce_C, torch.zeros_like(ce_C)
-            if label_smoothing:
-                hard_C = lse_C - (1 - label_smoothing) * label_C - label_smoothing * logits_CV.mean(dim=-1)
-            soft_CV: Tensor | float = 0.0
-            if projected is not None:
-                c_CH, constant_C = projected[0][where].float(), projected[1][where]
-                soft_lse_C = lse_C if temperature == 1 else torch.logsumexp(logits_CV / temperature, dim=-1)
-                kd_C = temperature**2 * (soft_lse_C - constant_C) - temperature * (states_CH.float() * c_CH).sum(dim=-1)
-                if kd_ratio and temperature != 1:
-                    soft_CV = torch.exp_(logits_CV / temperature - soft_lse_C[:, None]).mul_(factor * kd_ratio * temperature)
-            # The label's share of labels and teacher is taken off before the product is rounded, and what the teacher has too
-            # little of it given back: where student and teacher are sure, probability and share nearly cancel.
-            soft = factor * kd_ratio * temperature if projected is not None else 0.0
-            gradient_CV = torch.exp_(logits_CV.sub_(lse_C[:, None]))
-            gradient_CV.mul_(factor if temperature == 1 else factor * (1 - kd_ratio)).add_(soft_CV)
-            hard = torch.full_like(label_C, -factor * (1 - kd_ratio) * (1 - label_smoothing))
-            gradient_CV.scatter_add_(-1, labels_C1, (hard - soft)[:, None])
-            if label_smoothing:
-                gradient_CV.sub_(factor * (1 - kd_ratio) * label_smoothing / vocabulary)
-            gradient_CH = scale * (gradient_CV.to(weight_VH.dtype) @ weight_VH).float()
-            if projected is not None:
-                gradient_CH -= soft * (c_CH - scale * weight_VH[labels_C1[:, 0]].float())
-            gradient_NH[where] = gradient_CH.to(states_NH.dtype)
-            total_C = (1 - kd_ratio) * hard_C + kd_ratio * kd_C if kd_ratio else hard_C
-            sums += torch.stack([total_C.sum(), ce_C.sum(), kd_C.sum()])
+            of_rows = rows_vary(device, states_NH[where], labels_N[where], *(column[where] for column in projected or ()))
+            given = weight_VH, bias_V, scale, law, at_scale, *of_rows
+            found, gradient_NH[where] = PROJECTED.take(device, compiles, *given)
+            sums += found
         ctx.save_for_backward(gradient_NH)
         ctx.factor = factor
         total, ce, kd = sums.unbind()
@@ -192,7 +182,54 @@ class _Projected(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> Any:
         (gradient_NH,) = ctx.saved_tensors
-        return (gradient_NH * (grad_total / ctx.factor), *([None] * 9))
+        return (gradient_NH * (grad_total / ctx.factor), *([None] * 8))
+
+
+def _projected_chunk(
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    scale: float,
+    law: Law,
+    factor: float | Tensor,
+    states_CH: Tensor,
+    labels_C: Tensor,
+    c_CH: Tensor | None = None,
+    constant_C: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Total, CE and KD as one tensor, and `factor` times the gradient on the states."""
+    kd_ratio, temperature, smoothing = law.kd_ratio if c_CH is not None else 0.0, law.temperature, law.label_smoothing
+    is_softened, is_smoothed = not is_exactly(temperature, 1), not is_exactly(smoothing, 0)
+    labels_C1 = labels_C[:, None]
+    logits_CV = Head(weight_VH, bias_V, logit_scale=scale).logits(states_CH, len(weight_VH))
+    lse_C, label_C = torch.logsumexp(logits_CV, dim=-1), logits_CV.gather(-1, labels_C1).squeeze(-1)
+    ce_C = lse_C - label_C
+    hard_C, kd_C = ce_C, torch.zeros_like(ce_C)
+    if is_smoothed:
+        hard_C = lse_C - (1 - smoothing) * label_C - smoothing * logits_CV.mean(dim=-1)
+    soft_CV: Tensor | float = 0.0
+    if c_CH is not None and constant_C is not None:
+        c_CH = c_CH.float()
+        soft_lse_C = torch.logsumexp(logits_CV / temperature, dim=-1) if is_softened else lse_C
+        kd_C = temperature**2 * (soft_lse_C - constant_C) - temperature * (states_CH.float() * c_CH).sum(dim=-1)
+        if is_softened and not is_exactly(kd_ratio, 0):
+            soft_CV = torch.exp_(logits_CV / temperature - soft_lse_C[:, None]).mul_(factor * kd_ratio * temperature)
+    # The label's share of labels and teacher is taken off before the product is rounded, and what the teacher has too
+    # little of it given back: where student and teacher are sure, probability and share nearly cancel.
+    soft = factor * kd_ratio * temperature if c_CH is not None else 0.0
+    gradient_CV = torch.exp_(logits_CV.sub_(lse_C[:, None]))
+    gradient_CV.mul_(factor * (1 - kd_ratio) if is_softened else factor).add_(soft_CV)
+    taken = factor * (1 - kd_ratio) * (1 - smoothing) + soft
+    gradient_CV.scatter_add_(-1, labels_C1, (torch.zeros_like(label_C) - taken)[:, None])
+    if is_smoothed:
+        gradient_CV.sub_(factor * (1 - kd_ratio) * smoothing / len(weight_VH))
+    gradient_CH = scale * (gradient_CV.to(weight_VH.dtype) @ weight_VH).float()
+    if c_CH is not None:
+        gradient_CH -= soft * (c_CH - scale * weight_VH[labels_C].float())
+    total_C = hard_C if is_exactly(kd_ratio, 0) else (1 - kd_ratio) * hard_C + kd_ratio * kd_C
+    return torch.stack([total_C.sum(), ce_C.sum(), kd_C.sum()]), gradient_CH.to(states_CH.dtype)
+
+
+PROJECTED = Compilable(_projected_chunk)
 
 
 def linear(head: Head, vocabulary: int) -> tuple[float, Tensor, Tensor | None]:

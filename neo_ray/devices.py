@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +18,12 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 M_MMAP_THRESHOLD, MAPPED_BYTES = -3, 1 << 20
 ALLOCATION_FAILED = ("can't allocate memory", "not enough memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """What torch's allocators and CUDA's libraries say in plain RuntimeErrors."""
+
+
+COMPILERS = {"cuda": "inductor"}
+"""Kind of device → the backend of torch.compile there; on a CPU it gains too little for the time that it takes."""
+RECOMPILATIONS = 64
+"""Of one function, over the trials of a worker; PyTorch's own limit is 8. Combinations of settings are fewer."""
 
 
 def local_device() -> torch.device:
@@ -56,6 +64,66 @@ def autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
         return
     with torch.autocast(device.type, dtype=dtype):
         yield
+
+
+class Compilable:
+    """A function of tensors that is compiled where that pays, and where compiling fails is taken as it stands."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self._compiled: dict[str, Callable[..., Any]] = {}
+
+    def attempt(self, device: torch.device, wanted: bool, call: Callable[[Callable[..., Any]], Any]) -> Any:
+        """`call` with the function, compiled where `wanted` and this kind of device has a compiler; its result.
+
+        Where that fails in any way but for want of memory, `call` is made once more with the function as it stands, and from
+        then on with nothing else. This is said once. So `call` must be one that can be made again.
+        """
+        backend = COMPILERS.get(device.type) if wanted else None
+        if backend is None:
+            return call(self.function)
+        compiled = self._compiled[backend] = self._compiled.get(backend) or self._compile(backend)
+        if compiled is self.function:
+            return call(self.function)
+        try:
+            return call(compiled)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            result = call(self.function)  # first, so that an error of its own is no failure to compile
+            self._compiled[backend] = self.function
+            words = " ".join(
+                [f"{type(error).__name__}:", *str(error).split("\n")[:2]]
+            )  # the first line may name the backend alone
+            logging.getLogger("neo_ray").warning("%s is not compiled: %s", self.function.__name__.strip("_"), words)
+            return result
+
+    def take(self, device: torch.device, wanted: bool, *given: Any) -> Any:
+        """The function's result for `given`."""
+        return self.attempt(device, wanted, lambda function: function(*given))
+
+    def _compile(self, backend: str) -> Callable[..., Any]:
+        import torch._dynamo
+
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILATIONS)
+        return torch.compile(self.function, backend=backend)
+
+
+def has_compiler(device: torch.device) -> bool:
+    return device.type in COMPILERS
+
+
+def rows_vary(device: torch.device, *values: Any) -> tuple[Any, ...]:
+    """The values as they are, but a compiler knows that the first dimension of tensors has another size in other calls.
+
+    Args:
+        values: tensors, dataclasses of tensors, or None.
+    """
+    if has_compiler(device):
+        for value in values:
+            for tensor in [value] if isinstance(value, torch.Tensor) else vars(value).values() if value is not None else []:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    return values
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -104,6 +172,15 @@ def peak_memory_bytes(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that nothing has taken: the device's, or the machine's; None where it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
+    return int(found[1]) * 1024 if found else None
 
 
 def free_memory(device: torch.device) -> None:

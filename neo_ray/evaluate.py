@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ class Predicted:
     """Rows → fp32 logits_CV over the real vocabulary."""
     states_NH: torch.Tensor | None = None
     """The hidden states that they come from, where the model gives them."""
+    with_head: Callable[[Callable[[], torch.Tensor]], torch.Tensor] = lambda use: use()
+    """Calls a function that calls `logits`, and returns its result; every rank calls this once."""
 
 
 Predict = Callable[[Batch, int], Predicted]
@@ -66,10 +69,9 @@ def evaluate(predict: Predict, parts: Parts, split_name: str, settings: Evaluati
         batch = collate(split.examples(batches[number]), parts.sources.pad_id, device=str(parts.device))
         predicted = predict(batch, parts.vocabulary)
         taught = teach_once(parts, split_name, batches[number], batch)  # by every rank: the teacher may be sharded
+        given = next_labels(batch.labels_BL), parts.vocabulary, split.num_bytes[batches[number]].sum()
         with placement.head_in_full(parts.teacher):
-            found = _batch_sums(
-                predicted, taught, next_labels(batch.labels_BL), parts.vocabulary, split.num_bytes[batches[number]].sum()
-            )
+            found = predicted.with_head(partial(_batch_sums, predicted, taught, *given))
         sums += found if counts else 0
     ce, kl, tokens, num_bytes = sum_over_ranks(sums.to(parts.device)).tolist()
     bits = ce / math.log(2) / num_bytes if num_bytes else math.nan

@@ -17,7 +17,7 @@ from neo_ray.settings import LoraConfig, TrialConfig, is_named
 from neo_ray.shapes import ModelShape
 
 FP32, BF16 = 4, 2
-CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}
+CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**27}
 """Of a chunk's fp32 logits, by kind of device: a core's caches are small, and a GPU wants large products."""
 # Live [N, V] fp32 tensors at the peak of loss and backward: logits of the whole batch and of the scored positions, log-softmaxes,
 # probabilities and their gradients. Counted (tests/test_losses.py), the most over kd_ratio and temperature.
@@ -100,11 +100,9 @@ def memory_per_worker(config: SweepConfig, trial: TrialConfig, teacher: ModelSha
     frozen = student.num_parameters if trial.has_adapter else 0
     # Under bf16 autocast a weight that is trained has a bf16 copy for as long as its backward pass needs it.
     trained_bytes = FP32 if size == FP32 else FP32 + BF16
-    gathered = (
-        (student.layer_parameters + student.vocab_size * student.hidden_size) * size
-        if shards[3] > 1 or trial.deepspeed.offload_parameters != "none"
-        else 0
-    )
+    layer = student.layer_parameters * (size if trial.has_adapter else FP32)
+    head = student.vocab_size * student.hidden_size * (FP32 if _trains_head(trial) else size)
+    gathered = layer + head if shards[3] > 1 or trial.deepspeed.offload_parameters != "none" else 0
     bits, on_gpu = config.student.quantization, config.resources.gpus_per_worker > 0
     places = (trial.deepspeed.offload_optimizer, trial.deepspeed.offload_parameters)
     elsewhere = [on_gpu and place != "none" for place in places]  # host memory is not a GPU's
@@ -202,17 +200,17 @@ def _branch_bytes(trial: TrialConfig, shape: ModelShape, size: int) -> int:
 
 
 def loss_bytes(config: SweepConfig, trial: TrialConfig, shape: ModelShape, size: int) -> int:
-    """The [C, V] tensors of a chunk of the loss, beside the scored hidden states and their gradient (and the teacher's states).
-
-    ZeRO-3 with a trained head alone has the [N, V] tensors of the whole micro-batch.
-    """
+    """The [C, V] tensors of a chunk of the loss, beside the scored hidden states, their gradient and the teacher's states."""
     kind = trial.distill.divergence if trial.has_teacher and trial.distill.kd_ratio > 0 else "none"
     num_tokens, width = micro_batch_tokens(config, trial), FP32 * shape.vocab_size
-    if trial.deepspeed.zero_stage == 3 and not trial.has_adapter:
-        return LOSS_TENSORS[kind] * width * num_tokens
     chunk = min(num_tokens, chunk_rows(shape.vocab_size, "cuda" if config.resources.gpus_per_worker else "cpu"))
-    head = width * shape.hidden_size * 2 if not trial.has_adapter else 0  # its gradient, of a chunk and summed up
+    head = width * shape.hidden_size * 2 if _trains_head(trial) else 0  # its gradient, of a chunk and summed up
     return LOSS_TENSORS[kind] * width * chunk + head + 3 * size * num_tokens * shape.hidden_size
+
+
+def _trains_head(trial: TrialConfig) -> bool:
+    """The whole of it, and not a branch on it."""
+    return not trial.has_adapter or is_named("lm_head", trial.lora.modules_to_save)
 
 
 def projection_parameters(trial: TrialConfig, teacher: ModelShape | None, student: ModelShape) -> int:

@@ -222,7 +222,7 @@ class Head:
 
 @dataclass(frozen=True)
 class AdaptedHead:
-    """A head that an adapter has wrapped, or that peft trains as a copy: only its module knows its product."""
+    """A head that an adapter has wrapped: only its module knows its product."""
 
     module: torch.nn.Module
     soft_cap: float | None
@@ -230,7 +230,8 @@ class AdaptedHead:
 
     def logits(self, hidden_NH: Tensor, vocabulary: int) -> Tensor:
         """As `Head.logits`."""
-        return _capped(self.module(hidden_NH)[..., :vocabulary].float(), self.logit_scale, self.soft_cap)
+        product: Any = type(self.module).forward  # past ZeRO-3's hooks, which belong around a whole loss (`Student.loss`)
+        return _capped(product(self.module, hidden_NH)[..., :vocabulary].float(), self.logit_scale, self.soft_cap)
 
     @property
     def trained(self) -> list[Tensor]:
@@ -248,8 +249,16 @@ def _capped(logits_NV: Tensor, scale: float, soft_cap: float | None) -> Tensor:
 
 def any_head(model: Any) -> AnyHead:
     """The head of a model under training, whatever an adapter made of it."""
+    layer = head_layer(model)
+    cap_and_scale = _cap_and_scale(model)
+    return Head(layer.weight, layer.bias, *cap_and_scale) if _is_plain(layer) else AdaptedHead(layer, *cap_and_scale)
+
+
+def head_layer(model: Any) -> Any:
+    """The module that makes the logits: the copy that peft trains (`modules_to_save`), where there is one."""
     layer = model.get_output_embeddings()
-    return output_head(model) if _is_plain(layer) else AdaptedHead(layer, *_cap_and_scale(model))
+    copies = getattr(layer, "modules_to_save", None)
+    return layer if copies is None else copies[layer.active_adapters[0]]
 
 
 def output_head(model: Any) -> Head:

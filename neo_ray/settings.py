@@ -168,6 +168,8 @@ class TrainingConfig(Section):
     """Where the shorter sequences of a micro-batch are filled up; packed ones are not."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile_loss: bool = True
+    """On a GPU: compile the loss, once a worker. Where that fails, a line in the log says so and it is taken uncompiled."""
 
     @field_validator("micro_batch_size")
     @classmethod

@@ -5,8 +5,8 @@ Shapes: B sequences of a micro-batch, L tokens, V real vocabulary, H hidden widt
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,16 +17,13 @@ from neo_ray.alignment import Projections
 from neo_ray.chunked import chunked_loss, projected_loss
 from neo_ray.data import Batch
 from neo_ray.evaluate import Predicted
-from neo_ray.losses import LossSums, neo_loss, next_labels, scored
+from neo_ray.losses import LossSums, next_labels, scored
 from neo_ray.settings import TrialConfig
 from neo_ray.teaching import Taught
 
 
 class Student(nn.Module):
-    """A model as the engine sees it: last hidden states in the compute dtype, trained weights in fp32.
-
-    Where ZeRO-3 has cut a trained head into parts, only the model's own forward pass puts it together: then whole logits.
-    """
+    """A model as the engine sees it: last hidden states in the compute dtype, trained weights in fp32."""
 
     def __init__(
         self,
@@ -38,7 +35,8 @@ class Student(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.device, self.dtype, self.projections = model, device, dtype, projections
-        self.has_whole_logits = zero_stage == 3 and bool(models.any_head(model).trained)
+        if zero_stage == 3 and isinstance(head := models.any_head(model), models.AdaptedHead):
+            _fetch_as_one(head.module)
 
     def forward(
         self,
@@ -47,17 +45,16 @@ class Student(nn.Module):
         position_ids_BL: Tensor | None = None,
         aligned_BL: Tensor | None = None,
     ) -> Any:
-        """hidden_BLH after the final norm, or logits_BLV; with labels as `aligned_BL` also the projected states they score."""
-        network: Any = self.model if self.has_whole_logits else models.decoder(self.model)
+        """hidden_BLH after the final norm; with labels as `aligned_BL` also the projected states that they score."""
+        network: Any = models.decoder(self.model)
         given = models.inputs(network, input_ids_BL, attention_mask_BL, position_ids_BL)
         if self.projections is not None and aligned_BL is not None:
             given["output_hidden_states"] = self.projections.asked
         with devices.autocast(self.device, self.dtype):
             outputs = network(**given)
-        output = outputs.logits if self.has_whole_logits else outputs.last_hidden_state
         if self.projections is None or aligned_BL is None:
-            return output
-        return output, self.projections(outputs, aligned_BL)
+            return outputs.last_hidden_state
+        return outputs.last_hidden_state, self.projections(outputs, aligned_BL)
 
     def projection_parameters(self) -> dict[str, nn.Parameter]:
         """Trained with the model's own and kept in checkpoints, but no part of an adapter."""
@@ -80,52 +77,67 @@ class Student(nn.Module):
             rows: positions of a chunk.
         """
         labels_N, smoothing = next_labels(labels_BL), trial.training.label_smoothing
-        if self.has_whole_logits:
-            assert taught.projected is None, "a trained head has no projection"
-            student_NV = scored(output, labels_BL, vocabulary)
-            teacher_NV = taught.logits(slice(None)) if taught.logits else None
-            return neo_loss(student_NV, labels_N, teacher_NV, trial.distill, smoothing)
         states_NH = scored(output, labels_BL, output.shape[-1])
-        with devices.autocast(self.device, self.dtype), self._head() as head:
-            how = (trial.distill, vocabulary, smoothing, rows, factor)
+        found: list[LossSums] = []
+
+        def total(states_NH: Tensor) -> Tensor:
+            head = models.any_head(self.model)
+            how = (trial.distill, vocabulary, smoothing, rows, factor, trial.training.compile_loss)
             if isinstance(head, models.Head) and head.is_frozen_linear and taught.logits is None:
-                return projected_loss(states_NH, head, labels_N, taught.projected, *how)
-            assert taught.projected is None, "a trained head has no projection"
-            return chunked_loss(states_NH, head, labels_N, taught.logits, *how)
+                found.append(projected_loss(states_NH, head, labels_N, taught.projected, *how))
+            else:
+                assert taught.projected is None, "a trained head has no projection"
+                found.append(chunked_loss(states_NH, head, labels_N, taught.logits, *how))
+            return found[0].total
+
+        with devices.autocast(self.device, self.dtype):
+            through_hooks = self._with_head(states_NH, total)
+        return replace(found[0], total=through_hooks)
 
     @torch.no_grad()
     def predict(self, batch: Batch, vocabulary: int) -> Predicted:
         """For evaluation: dropout off, no gradient."""
         self.eval()
         output = self(batch.input_ids_BL, batch.attention_mask_BL, batch.position_ids_BL)
-        if self.has_whole_logits:
-            logits_NV = scored(output, batch.labels_BL, vocabulary)
-            return Predicted(lambda rows: logits_NV[rows].float())
         states_NH = scored(output, batch.labels_BL, output.shape[-1])
-        with self._head(keep=True) as head:
-            pass
+        head = models.any_head(self.model)
 
         def logits(rows: slice) -> Tensor:
             with devices.autocast(self.device, self.dtype):
                 return head.logits(states_NH[rows], vocabulary)
 
-        return Predicted(logits, states_NH)
+        return Predicted(logits, states_NH, lambda use: self._with_head(states_NH, lambda _: use()))
 
-    @contextmanager
-    def _head(self, keep: bool = False) -> Iterator[models.AnyHead]:
-        """The head, put together where ZeRO-3 has cut it: all ranks call this equally often. `keep`: it outlives the context."""
-        layer = self.model.get_output_embeddings()  # type: ignore[operator]
-        cut = [parameter for parameter in layer.parameters() if hasattr(parameter, "ds_id")]
-        with _gathered(cut):
-            head = models.any_head(self.model)
-            if cut and keep and isinstance(head, models.Head):
-                head = head.copy()
-            yield head
+    def _with_head(self, states_NH: Tensor, use: Callable[[Tensor], Tensor]) -> Tensor:
+        """`use(states_NH)` with the whole head, also where ZeRO-3 has cut it: all ranks call this equally often.
+
+        A trained head has `use` in the place of its own forward pass. So ZeRO-3's hooks on it gather it once for all of `use`,
+        and once more for the backward pass, where they hand its gradient on.
+        """
+        layer, cut = models.head_layer(self.model), self._cut_head()
+        if not cut:
+            return use(states_NH)
+        if not any(parameter.requires_grad for parameter in cut):
+            from deepspeed.runtime.zero import GatheredParameters
+
+            with GatheredParameters(cut):
+                return use(states_NH)
+        layer.forward = use
+        try:
+            return layer(states_NH)
+        finally:
+            del layer.forward
+
+    def _cut_head(self) -> list[Any]:
+        """The head's parameters, where ZeRO-3 has cut them."""
+        return [parameter for parameter in models.head_layer(self.model).parameters() if hasattr(parameter, "ds_id")]
 
 
-def _gathered(parameters: list[Any]) -> Any:
-    if not parameters:
-        return nullcontext()
-    from deepspeed.runtime.zero import GatheredParameters
+def _fetch_as_one(layer: nn.Module) -> None:
+    """ZeRO-3 gathers a module's parameters when the module is called, and here for all of its parts at once.
 
-    return GatheredParameters(parameters)
+    Else each chunk of the loss would gather the branch of an adapted head again, and ranks have unequal numbers of chunks.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    set_z3_leaf_module(layer, True)

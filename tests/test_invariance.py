@@ -46,6 +46,8 @@ LENGTHS = (61, 2, 17, 33, 5, 48)
 UNLABELLED = (20, 0, 0, 31, 1, 40)
 """Tokens of a prompt at the beginning of each example: the labels counted are 41, 1, 16, 2, 4 and 8."""
 PADDING_ROWS = 24
+IN_PARTS = {"zero_optimization": {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}}
+"""By its defaults ZeRO-3 leaves weights as small as these whole, once it has them."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Case:
             lora=LoraConfig(rank=4, alpha=8),
             distill=DistillConfig(kd_ratio=kd_ratio, temperature=temperature),
             training=training,
-            deepspeed=DeepSpeedConfig(zero_stage=self.stage),  # type: ignore[arg-type]
+            deepspeed=DeepSpeedConfig(zero_stage=self.stage, extra=IN_PARTS),  # type: ignore[arg-type]
         )
 
 

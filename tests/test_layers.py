@@ -26,7 +26,9 @@ ROOMS = {
     ),
     "analysis": "card effects evidence guidelines report startup statistics",
     "ray": "board builder cluster lease mirror progress schedulers searcher slot slots tuner",
-    "doors": "analyze bench bench_loss bench_reader bench_step bench_sweep bench_turns export ground status sweep targets",
+    "doors": (
+        "analyze bench bench_loss bench_pairs bench_reader bench_step bench_sweep bench_turns export ground status sweep targets"
+    ),
 }
 ROOM = {module: room for room, modules in ROOMS.items() for module in modules.split()}
 FLOOR = {"facts": 0, "training": 1, "analysis": 1, "ray": 2, "doors": 3}
