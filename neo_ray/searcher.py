@@ -52,10 +52,10 @@ class StudySearch(OptunaSearch):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         """The Tune config of the next trial: our id, and the resolved trial config as JSON."""
+        if len(self._ot_trials) - len(self._completed_trials) >= self.room():
+            return None  # Tune asks again, and often: the budget, which takes all records, comes second
         if not self.may_begin(self.given[0][0] if self.given else None):
             return Searcher.FINISHED  # type: ignore[return-value]
-        if len(self._ot_trials) - len(self._completed_trials) >= self.room():
-            return None  # Tune asks again
         if self.given:
             ours, params, seed = self.given.pop(0)
             self.study.enqueue_trial(self.space.optuna_params(params), user_attrs={"trial": ours})

@@ -75,6 +75,8 @@ def test_no_trial_begins_once_the_budget_is_spent(tmp_path: Path) -> None:
     recorder._record("report", "0001", row={"rung": 1, "tokens": 100})
     assert [search.suggest("tune-3"), search.suggest("tune-4")] == ["FINISHED", "FINISHED"]
     assert said == ["the budget is spent (tokens: 1,000 of 1,000): no trial begins any more, those that run go to their end"]
+    search.room, search.may_begin = (lambda: 0), lambda trial: 1 / 0  # type: ignore[assignment]
+    assert search.suggest("tune-5") is None, "without room nobody adds up what is spent"
     assert len(fold(Journal(config.folder).events())) == 2, "the beginning of a session is no trial"
 
 
