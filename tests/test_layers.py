@@ -17,12 +17,12 @@ PACKAGE = Path(__file__).parent.parent / "neo_ray"
 
 ROOMS = {
     "facts": (
-        "__init__ account assets axes budget cautions config environment estimate inventory loading memory mistakes "
-        "plan plan_text points records refusals settings shapes space staging storage supply trials uploads warm "
+        "__init__ account assets axes budget cautions config continuations environment estimate inventory loading memory "
+        "mistakes plan plan_text points records refusals settings shapes space staging storage supply trials uploads warm"
     ),
     "training": (
-        "adapters alignment answers batches checkpoints chunked data devices evaluate filling local losses merging models parts "
-        "placement prepare pruning quickstart scaling sources stores student teaching train"
+        "adapters alignment answers batches checkpoints chunked data devices evaluate filling harness local losses "
+        "merging models parts placement prepare pruning quickstart scaling sources stores student suites teaching train"
     ),
     "analysis": "card effects evidence guidelines report startup statistics",
     "ray": "board builder cluster lease mirror progress schedulers searcher slot slots tuner",
