@@ -29,6 +29,7 @@ from neo_ray.parts import rank_and_world_size
 from neo_ray.settings import ConfigError
 from neo_ray.suites import Suite
 
+METRIC = "suite"
 SEED = 1234
 """Of the draw of solved examples, where a suite has shots: the harness's own default."""
 
@@ -66,6 +67,10 @@ class SuiteScores:
     def error(self) -> float:
         """Standard error of the average."""
         return math.sqrt(sum(error**2 for error in self.errors.values())) / len(self.items)
+
+    def named(self) -> dict[str, float | None]:
+        """As a record's metrics: `suite` for the average, `suite_<benchmark>` for each value."""
+        return {METRIC: self.average, **{f"{METRIC}_{name}": value for name, value in self.values.items()}}
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,7 @@ def ask(
     model: nn.Module,
     tokenizer: Any,
     vocabulary: int,
+    device: torch.device,
     dtype: torch.dtype,
     batch_size: int = 4,
     limit: int | None = None,
@@ -124,7 +130,6 @@ def ask(
     """
     from lm_eval.evaluator import evaluate
 
-    device = next(model.parameters()).device
     tasks = {name: task for found in opened.tasks.values() for name, task in found.items()}
     with _untouched(model, device), _quiet():
         model.eval()

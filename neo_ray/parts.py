@@ -60,6 +60,8 @@ class Sources:
     teacher_placement: Placement = "replicated"
     targets: TargetSource | None = None
     """Where there is one, no worker loads the teacher."""
+    suite: str | None = None
+    """Folder of a suite of benchmarks, as `suites.make_ready` made it."""
 
 
 @dataclass

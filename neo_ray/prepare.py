@@ -74,7 +74,18 @@ def prepare(config: SweepConfig, announce: Announce) -> Sources:
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     placement = config.teacher.placement if config.teacher is not None else "replicated"
     student = dataclasses.replace(student, quantization=config.student.quantization)  # a pruned one begins as the teacher
-    return Sources(student, str(folder.resolve()), teacher, vocabulary, pad or 0, placement)
+    return Sources(student, str(folder.resolve()), teacher, vocabulary, pad or 0, placement, suite=_suite(config, announce))
+
+
+def _suite(config: SweepConfig, announce: Announce) -> str | None:
+    """The folder of the benchmarks, once each of them can be had and states its metric."""
+    if config.evaluation.suite is None:
+        return None
+    from neo_ray import harness, suites
+
+    folder = suites.make_ready(config.evaluation.suite, config.cache, announce)
+    harness.open_suite(folder, config.evaluation.suite_limit, config.resources.workers_per_trial)
+    return str(folder.resolve())
 
 
 def supply_of(config: SweepConfig, sources: Sources) -> Supply:
@@ -95,6 +106,8 @@ def identities(config: SweepConfig, sources: Sources) -> dict[str, str]:
     from neo_ray import models
 
     found = {"data.source": Path(sources.data).name}
+    if sources.suite is not None:
+        found["evaluation.suite"] = Path(sources.suite).name
     if config.teacher is not None and sources.teacher is not None:
         found["teacher.model"] = models.identity(sources.teacher.path, sources.teacher.revision)
     if config.student.model is not None:

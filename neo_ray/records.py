@@ -239,7 +239,7 @@ def _add_row(record: TrialRecord, row: dict[str, Any]) -> None:
         return
     record.curve = sorted([*record.curve, row], key=lambda r: r["rung"])
     if record.curve[-1] is row:
-        record.metrics = {k: v for k, v in row.items() if k.startswith(("select_", "report_", "train_"))}
+        record.metrics = {k: v for k, v in row.items() if k.startswith(("select_", "report_", "train_", "suite"))}
     for name, key in (
         ("tokens", "tokens"),
         ("steps", "step"),

@@ -267,6 +267,19 @@ class EvaluationConfig(Section):
     max_tokens: int | None = Field(None, ge=1)
     """Evaluate on at most this many tokens of each split (whole examples, in a fixed order)."""
     batch_size: int = Field(4, ge=1)
+    suite: str | None = None
+    """Benchmarks of the LM Evaluation Harness: `quickstart`, `neo10`, a YAML file, or a folder with `suite.yaml` and tasks."""
+    suite_at: Literal["end", "rungs"] = "end"
+    """When the suite is asked: at the end of a complete trial, or at each evaluation and at the end."""
+    suite_limit: int | None = Field(None, ge=1)
+    """Items of each task, its first ones; all where it is null."""
+
+    @model_validator(mode="after")
+    def _of_a_suite(self) -> EvaluationConfig:
+        given = [name for name in ("suite_at", "suite_limit") if name in self.not_default]
+        if given and self.suite is None:
+            raise ValueError(f"{given[0]} is given, and there is no suite")
+        return self
 
 
 class TrialConfig(Section):

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from neo_ray import adapters, alignment, checkpoints, devices, models, placement, scaling
+from neo_ray import adapters, alignment, benchmarks, checkpoints, devices, models, placement, scaling
 from neo_ray.batches import StepPlan, accumulation_steps, learning_rate, plan_steps
 from neo_ray.data import Split, collate
 from neo_ray.evaluate import evaluate
@@ -164,6 +164,9 @@ def train(
             means[3] = means[3] if trial.is_aligned else None
             row |= dict(zip(MEANS, means, strict=True)) | scores | _worst(totals(), parts)
             row["tokens"] = int(plan.tokens[step - 1])
+            if trial.evaluation.suite_at == "rungs" and step < plan.num_steps:
+                asked_now = benchmarks.of_student(student, parts, trial)
+                row |= asked_now.named() if asked_now is not None else {}
             state["curve"].append(row)
             if checkpoint_folder is not None and step < plan.num_steps:
                 keep(checkpoint_folder)
@@ -179,9 +182,15 @@ def train(
 
     if outcome is None:
         metrics = evaluate(student.predict, parts, "report", trial.evaluation).named("report")
+        benchmark = benchmarks.of_student(student, parts, trial)
         weights = checkpoints.gather(engine, parameters)
         if rank == 0 and folder is not None and trial.has_adapter:
             adapters.save_adapter(student.model, weights, folder / "adapter")
+        if benchmark is not None:
+            metrics |= benchmark.named()
+            details |= benchmarks.facts(benchmark)
+            if rank == 0 and folder is not None:
+                benchmarks.save(benchmark, folder)
         outcome = Outcome("COMPLETE", metrics=metrics)
     if engine.fp16_scale is not None:
         details |= {"skipped_steps": _skipped(engine), "loss_scale": engine.fp16_scale.value}

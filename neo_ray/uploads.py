@@ -21,6 +21,8 @@ from neo_ray.storage import RECORD, Damaged, Folder, Remote, alone, at, bring_fo
 CONTRACT = ("sweep.yaml", "sources.json", "environment.json")
 PATIENCE_AT_THE_DOOR = 30.0
 """Seconds for which a store may fail before a command says so: a mistake in its address looks like an outage."""
+ITEMS = "suite.json"
+"""In a trial's folder: the value of each item of a suite of benchmarks."""
 REPORT = ("trials.jsonl", "guidelines.json", "report.md", "best.yaml")
 
 
@@ -110,6 +112,8 @@ def publish_end(results: Folder, trial: str, state: str) -> None:
         return
     if state == "COMPLETE" and (here / "adapter").is_dir():
         upload_folder(here / "adapter", results / "trials" / trial / "adapter")
+    if state == "COMPLETE" and (here / ITEMS).is_file():
+        (results / "trials" / trial / ITEMS).upload(here / ITEMS)
     shutil.rmtree(here / "checkpoint", ignore_errors=True)  # the one in the store stays until the end is in the journal
 
 

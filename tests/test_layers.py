@@ -21,7 +21,7 @@ ROOMS = {
         "mistakes plan plan_text points records refusals settings shapes space staging storage supply trials uploads warm"
     ),
     "training": (
-        "adapters alignment answers batches checkpoints chunked data devices evaluate filling harness local losses "
+        "adapters alignment answers batches benchmarks checkpoints chunked data devices evaluate filling harness local losses "
         "merging models parts placement prepare pruning quickstart scaling sources stores student suites teaching train"
     ),
     "analysis": "card effects evidence guidelines report startup statistics",

@@ -73,7 +73,7 @@ def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def ask(opened: harness.Opened, folder: Path, **how: Any) -> harness.SuiteScores:
     model, tokenizer = models.load_model(str(folder), torch.float32), models.load_tokenizer(str(folder))
-    return harness.ask(opened, model, tokenizer, len(tokenizer), torch.float32, **how)
+    return harness.ask(opened, model, tokenizer, len(tokenizer), CPU, torch.float32, **how)
 
 
 def test_two_askings_agree_and_a_limit_takes_the_first_items(opened: harness.Opened, tiny_world: World) -> None:
@@ -111,18 +111,18 @@ def test_asking_leaves_random_states_and_modes_as_they_were(
     drawn = (random.random(), np.random.random(), torch.rand(1).item())
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(7)
-    harness.ask(opened, model, tokenizer, len(tokenizer), torch.float32, limit=3)
+    harness.ask(opened, model, tokenizer, len(tokenizer), CPU, torch.float32, limit=3)
     assert (random.random(), np.random.random(), torch.rand(1).item()) == drawn
     assert model.training and not model.get_input_embeddings().training
 
 
 def test_tokens_beyond_the_vocabulary_do_not_count(opened: harness.Opened, tiny_world: World) -> None:
     model, tokenizer = models.load_model(str(tiny_world.teacher), torch.float32), models.load_tokenizer(str(tiny_world.teacher))
-    wanted = harness.ask(opened, model, tokenizer, len(tokenizer), torch.float32, limit=6)
+    wanted = harness.ask(opened, model, tokenizer, len(tokenizer), CPU, torch.float32, limit=6)
     model.resize_token_embeddings(len(tokenizer) + 32)
     with torch.no_grad():
         model.get_output_embeddings().weight[len(tokenizer) :].normal_(0, 10, generator=torch.Generator().manual_seed(0))
-    assert harness.ask(opened, model, tokenizer, len(tokenizer), torch.float32, limit=6) == wanted
+    assert harness.ask(opened, model, tokenizer, len(tokenizer), CPU, torch.float32, limit=6) == wanted
 
 
 def test_sharded_over_two_workers_equals_unsharded(
