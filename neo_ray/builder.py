@@ -19,7 +19,7 @@ from neo_ray import filling, inventory, models, stores
 from neo_ray.account import NO_TRIAL, account
 from neo_ray.config import SweepConfig
 from neo_ray.data import TokenData, open_data
-from neo_ray.evaluate import num_evaluated
+from neo_ray.heldout import num_evaluated
 from neo_ray.lease import Held, lease
 from neo_ray.parts import Sources, TargetSource
 from neo_ray.records import Journal

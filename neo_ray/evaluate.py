@@ -1,113 +1,240 @@
-"""How good is the student? Cross-entropy, bits per byte and KL to the teacher on a held-out split."""
+"""What did distillation bring on benchmarks? `python -m neo_ray.evaluate results/<name>`: teacher, student, trials side by side.
+
+Rows are kept in `<results>/benchmarks/` as they are done: the same command goes on where it was, and asks no model twice.
+Exit codes: 0 written, 2 a mistake, 130 interrupted.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+import argparse
+import json
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
+from neo_ray import loading
+from neo_ray.config import SweepConfig
+from neo_ray.mistakes import guess
+from neo_ray.records import TrialRecord, load_records, write_atomically
+from neo_ray.settings import ConfigError, EvaluationConfig
 
-from neo_ray import models, placement
-from neo_ray.data import Batch, Split, collate
-from neo_ray.losses import next_labels, scored
-from neo_ray.memory import chunk_rows
-from neo_ray.parts import Parts, rank_and_world_size, sum_over_ranks
-from neo_ray.settings import EvaluationConfig
-from neo_ray.teaching import Taught, teach_once
+if TYPE_CHECKING:
+    from neo_ray.harness import Opened, SuiteScores
+    from neo_ray.parts import Sources
 
-
-@dataclass(frozen=True)
-class Predicted:
-    """A model's answer at the scored positions of a batch."""
-
-    logits: Callable[[slice], torch.Tensor]
-    """Rows → fp32 logits_CV over the real vocabulary."""
-    states_NH: torch.Tensor | None = None
-    """The hidden states that they come from, where the model gives them."""
-    with_head: Callable[[Callable[[], torch.Tensor]], torch.Tensor] = lambda use: use()
-    """Calls a function that calls `logits`, and returns its result; every rank calls this once."""
-
-
-Predict = Callable[[Batch, int], Predicted]
-"""(batch, vocabulary) → what a model says of it; every rank calls it equally often."""
+TEACHER, STUDENT = "teacher", "student"
 
 
 @dataclass(frozen=True)
-class Scores:
-    """Means over the scored tokens of a split."""
+class Row:
+    """One model of the table."""
 
-    ce: float
-    """Nats per token."""
-    bits_per_byte: float
-    """Comparable across tokenizers."""
-    kl: float | None
-    """KL(teacher ‖ student) at T = 1, nats per token; None without a teacher."""
-    tokens: int
-
-    def named(self, split: str) -> dict[str, float | None]:
-        return {f"{split}_ce": self.ce, f"{split}_bits_per_byte": self.bits_per_byte, f"{split}_kl": self.kl}
+    name: str
+    """`teacher`, `student` (untrained), or a trial's id."""
+    about: str
+    scores: SuiteScores
+    record: TrialRecord | None = None
 
 
-@torch.no_grad()
-def evaluate(predict: Predict, parts: Parts, split_name: str, settings: EvaluationConfig) -> Scores:
-    """Score the student on a split; batches are dealt out to the ranks and sums added up.
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m neo_ray.evaluate", description="Ask teacher, untrained student and trials the benchmarks of a suite."
+    )
+    parser.add_argument("path", type=Path, help="a results folder (results/<name>)")
+    parser.add_argument("--suite", help="quickstart, neo10, a YAML file or a folder; the sweep's own by default")
+    parser.add_argument("--limit", type=int, metavar="N", help="items of each task, its first ones; all by default")
+    parser.add_argument("--trial", action="append", metavar="ID", help="which trials; the best of each method by default")
+    asked = parser.parse_args(argv)
+    try:
+        rows = evaluate(asked.path.expanduser(), asked.suite, asked.limit, asked.trial)
+        text = markdown(rows)
+        target = asked.path.expanduser() / "benchmarks" / f"{rows[0].scores.suite.replace(' ', '-')}.md"
+        write_atomically(target, text)
+    except ConfigError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename or asked.path}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the models that were asked are kept", file=sys.stderr)
+        return 130
+    print(text)
+    print(target)
+    return 0
 
-    A living teacher sees a split once a worker.
+
+def evaluate(folder: Path, suite: str | None = None, limit: int | None = None, trials: Sequence[str] | None = None) -> list[Row]:
+    """Scores of the teacher, the untrained student, and the trials.
+
+    Args:
+        folder: of results.
+        suite: another than the sweep's own.
+        limit: items of a task; with a suite of the sweep's own: its own.
+        trials: ids; by default of each method the best one.
+
+    Raises:
+        ConfigError: no such folder, suite or trial, or models or tasks cannot be had.
     """
-    rank, world_size = rank_and_world_size()
-    split = parts.data.split(split_name)
-    batches = evaluation_batches(split, settings)
-    sums = torch.zeros(4, dtype=torch.float64)
-    for turn in range(math.ceil(len(batches) / world_size)):
-        number = turn * world_size + rank
-        counts = number < len(batches)  # every rank runs equally many forwards: ZeRO-3 gathers in each of them
-        number = number if counts else 0
-        batch = collate(split.examples(batches[number]), parts.sources.pad_id, device=str(parts.device))
-        predicted = predict(batch, parts.vocabulary)
-        taught = teach_once(parts, split_name, batches[number], batch)  # by every rank: the teacher may be sharded
-        given = next_labels(batch.labels_BL), parts.vocabulary, split.num_bytes[batches[number]].sum()
-        with placement.head_in_full(parts.teacher):
-            found = predicted.with_head(partial(_batch_sums, predicted, taught, *given))
-        sums += found if counts else 0
-    ce, kl, tokens, num_bytes = sum_over_ranks(sums.to(parts.device)).tolist()
-    bits = ce / math.log(2) / num_bytes if num_bytes else math.nan
-    return Scores(ce / tokens, bits, kl / tokens if parts.has_teacher else None, int(tokens))
+    if limit is not None and limit < 1:
+        raise ConfigError(f"--limit: {limit} must be at least 1")
+    sweep = _with_suite(loading.load(folder / "sweep.yaml"), suite, limit)
+    try:
+        records = load_records(folder)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    chosen = [_named(records, wanted) for wanted in trials] if trials else _best_of_each_method(records, sweep)
+    for record in chosen:
+        _check(folder, record)
+    from neo_ray import harness
+    from neo_ray.prepare import check_same_sources, identities, make_student, prepare
+
+    prepared = prepare(sweep, print)
+    own = {name: what for name, what in identities(sweep, prepared).items() if name != "evaluation.suite"}
+    check_same_sources(folder, own, "an adapter goes with what it was trained on: bring that back")
+    sources = make_student(sweep, prepared, print)
+    assert sources.suite is not None
+    opened = harness.open_suite(Path(sources.suite), sweep.evaluation.suite_limit)
+    asking = _Asking(folder, sweep, sources, opened)
+    rows = [asking.row(TEACHER, "the teacher")] if sources.teacher is not None else []
+    rows.append(asking.row(STUDENT, "the student, untrained"))
+    return [*rows, *(asking.row(record.id, f"{_method(record)}, trial {record.id}", record) for record in chosen)]
 
 
-def whole_model(model: Any) -> Predict:
-    """A plain transformers or peft model, in its own dtype."""
+@dataclass(frozen=True)
+class _Asking:
+    folder: Path
+    sweep: SweepConfig
+    sources: Sources
+    opened: Opened
 
-    def predict(batch: Batch, vocabulary: int) -> Predicted:
-        given = models.inputs(model, batch.input_ids_BL, batch.attention_mask_BL, batch.position_ids_BL)
-        logits_NV = scored(model(**given).logits, batch.labels_BL, vocabulary)
-        return Predicted(lambda rows: logits_NV[rows].float())
+    def row(self, name: str, about: str, record: TrialRecord | None = None) -> Row:
+        """From the file of an earlier asking, or of the trial itself; otherwise the model is asked."""
+        from neo_ray import benchmarks
 
-    return predict
+        assert self.sources.suite is not None
+        kept = self.folder / "benchmarks" / Path(self.sources.suite).name / _folder_of(self.sweep.evaluation.suite_limit) / name
+        trained = self.folder / "trials" / name / benchmarks.ITEMS
+        for path in (kept / benchmarks.ITEMS, trained):
+            if path.is_file() and (path != trained or self._is_of_this_sweep()):
+                found = benchmarks.read(path)
+                if (found.suite, found.limit) == (self.opened.suite.title, self.sweep.evaluation.suite_limit):
+                    return Row(name, about, found, record)
+        print(f"asking {about}")
+        scores = self._ask(name)
+        kept.mkdir(parents=True, exist_ok=True)
+        benchmarks.save(scores, kept)
+        return Row(name, about, scores, record)
+
+    def _is_of_this_sweep(self) -> bool:
+        """Was the very suite asked during the trials?"""
+        sources = json.loads((self.folder / "sources.json").read_text(encoding="utf-8"))
+        return self.sources.suite is not None and sources.get("evaluation.suite") == Path(self.sources.suite).name
+
+    def _ask(self, name: str) -> SuiteScores:
+        import peft
+
+        from neo_ray import devices, harness, models
+        from neo_ray.parts import load_source
+
+        device = devices.local_device()
+        dtype = devices.resolve_dtype(self.sweep.training.dtype, device)
+        source = self.sources.teacher if name == TEACHER else self.sources.student
+        assert source is not None
+        where = f"{TEACHER if name == TEACHER else STUDENT}.model"
+        model: Any = load_source(source, dtype, device, where)
+        if name not in (TEACHER, STUDENT):
+            model = peft.PeftModel.from_pretrained(model, str(self.folder / "trials" / name / "adapter"))
+        tokenizer = models.load_tokenizer(source.path, source.revision, source.trust_remote_code, where)
+        size, limit = self.sweep.evaluation.batch_size, self.sweep.evaluation.suite_limit
+        scores = harness.ask(self.opened, model, tokenizer, self.sources.vocabulary, device, dtype, size, limit)
+        del model
+        devices.free_memory(device)
+        return scores
 
 
-def num_evaluated(lengths: np.ndarray, max_tokens: int | None) -> int:
-    """How many examples of a split are scored, its first ones: whole ones up to `max_tokens`, and at least one."""
-    return len(lengths) if max_tokens is None else max(1, int(np.searchsorted(np.cumsum(lengths), max_tokens, side="right")))
+def markdown(rows: Sequence[Row]) -> str:
+    """The table: each benchmark and the average with its standard error, the paired difference to the untrained student."""
+    first = rows[0].scores
+    base = next(row for row in rows if row.name == STUDENT)
+    header = ["model", *first.items, "average", "against the student [95 %]", "p", "peak GB", "seconds"]
+    lines = [_line(row, base) for row in rows]
+    some = "all items" if first.limit is None else f"the first {first.limit} items of each task"
+    words = [
+        f"# {first.suite}: {some}\n",
+        "Per cent, with the standard error over items; the average is the unweighted mean of the benchmarks. Differences are of "
+        "averages, item by item: 95 % bootstrap interval over items, p by McNemar's exact test. Memory and seconds are "
+        "those of the trial's training.\n",
+        "| " + " | ".join(header) + " |",
+        "| " + " | ".join("---" for _ in header) + " |",
+        *("| " + " | ".join(line) + " |" for line in lines),
+    ]
+    return "\n".join(words) + "\n"
 
 
-def evaluation_batches(split: Split, settings: EvaluationConfig) -> list[np.ndarray]:
-    """Whole examples in stored order up to `max_tokens` (at least one), then by length so that little is padded."""
-    lengths = split.num_tokens
-    taken = num_evaluated(lengths, settings.max_tokens)
-    order = np.argsort(-lengths[:taken], kind="stable")
-    return [order[start : start + settings.batch_size] for start in range(0, taken, settings.batch_size)]
+def _line(row: Row, base: Row) -> list[str]:
+    from neo_ray import paired
+
+    values, errors, scores = row.scores.values, row.scores.errors, row.scores
+    cells = [row.about, *(f"{100 * values[name]:.1f} ± {100 * errors[name]:.1f}" for name in values)]
+    cells.append(f"{100 * scores.average:.1f} ± {100 * scores.error:.1f}")
+    if row is base:
+        cells += ["", ""]
+    else:
+        found = paired.compare(scores.items, base.scores.items)
+        cells += [f"{100 * found.value:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]", f"{found.p:.2g}"]
+    record = row.record
+    peak = f"{record.peak_memory_bytes / 1e9:.2f}" if record is not None and record.peak_memory_bytes else ""
+    return [*cells, peak, f"{record.seconds:.0f}" if record is not None else ""]
 
 
-def _batch_sums(predicted: Predicted, taught: Taught, labels_N: torch.Tensor, vocabulary: int, num_bytes: int) -> torch.Tensor:
-    ce = kl = 0.0
-    size = chunk_rows(vocabulary, labels_N.device.type)
-    for start in range(0, len(labels_N), size):
-        rows = slice(start, start + size)
-        logits_CV = predicted.logits(rows)
-        ce += torch.nn.functional.cross_entropy(logits_CV, labels_N[rows], reduction="sum").item()
-        kl += 0.0 if taught.is_silent else taught.kl_sum(logits_CV, predicted.states_NH, rows)
-    return torch.tensor([ce, kl, len(labels_N), num_bytes], dtype=torch.float64)
+def _with_suite(sweep: SweepConfig, suite: str | None, limit: int | None) -> SweepConfig:
+    settings = sweep.evaluation
+    name = suite or settings.suite
+    if name is None:
+        from neo_ray.suites import shipped
+
+        raise ConfigError(
+            f"--suite: the sweep has no suite of its own; give one: {', '.join(shipped())}, a YAML file or a folder"
+        )
+    kept = settings.suite_limit if suite is None and limit is None else limit
+    changed = EvaluationConfig(**{**settings.model_dump(), "suite": name, "suite_limit": kept})
+    return sweep.model_copy(
+        update={"evaluation": changed, "resources": sweep.resources.model_copy(update={"workers_per_trial": 1})}
+    )
+
+
+def _best_of_each_method(records: Sequence[TrialRecord], sweep: SweepConfig) -> list[TrialRecord]:
+    from neo_ray.report import ranked
+
+    complete = [r for r in records if r.state == "COMPLETE" and _method(r) in ("lora", "neo")]
+    best: dict[str, TrialRecord] = {}
+    for record in ranked(complete, sweep.objective.metric, sweep.objective.mode):
+        best.setdefault(_method(record), record)
+    return list(best.values())
+
+
+def _method(record: TrialRecord) -> str:
+    return str(record.config.get("method", "neo"))
+
+
+def _named(records: Sequence[TrialRecord], wanted: str) -> TrialRecord:
+    known = {record.id: record for record in records}
+    if wanted not in known:
+        raise ConfigError(f"--trial: there is no trial {wanted}{guess(wanted, known)}")
+    return known[wanted]
+
+
+def _check(folder: Path, record: TrialRecord) -> None:
+    if not (folder / "trials" / record.id / "adapter" / "adapter_config.json").is_file():
+        raise ConfigError(f"--trial: trial {record.id} ({record.state}, {_method(record)}) has no adapter to ask")
+
+
+def _folder_of(limit: int | None) -> str:
+    return "all" if limit is None else f"first-{limit}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,6 +6,7 @@ Shapes: B sequences, L tokens, V real vocabulary.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import math
@@ -91,12 +92,10 @@ def open_suite(folder: Path, limit: int | None = None, world_size: int = 1) -> O
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("evaluation.suite: needs the LM Evaluation Harness: pip install -c constraints.txt -e '.[lm_eval]'")
-    from lm_eval.tasks import TaskManager
-
     suite = suites.read(folder / suites.FILE)
     with _quiet():
         own = suite.tasks is not None
-        manager = TaskManager(include_path=str(folder / "tasks") if own else None, include_defaults=not own)
+        manager = _part("tasks").TaskManager(include_path=str(folder / "tasks") if own else None, include_defaults=not own)
         tasks = {name: _load(manager, suite, name) for name in suite.benchmarks}
     for name, found in tasks.items():
         for task, loaded in found.items():
@@ -128,18 +127,21 @@ def ask(
         dtype: of matrix products.
         limit: items of a task, the first ones; None: all.
     """
-    from lm_eval.evaluator import evaluate
-
     tasks = {name: task for found in opened.tasks.values() for name, task in found.items()}
     with _untouched(model, device), _quiet():
         model.eval()
         lm = _language_model(_Asked(model, device, dtype, vocabulary), tokenizer, batch_size)
-        result = evaluate(lm, {"tasks": tasks}, limit=limit, bootstrap_iters=0)
+        result = _part("evaluator").evaluate(lm, {"tasks": tasks}, limit=limit, bootstrap_iters=0)
     items = [_items(opened, result) if result is not None else None]
     if rank_and_world_size()[1] > 1:
         dist.broadcast_object_list(items, src=0)
     assert items[0] is not None
     return SuiteScores(opened.suite.title, limit, items[0])
+
+
+def _part(name: str) -> Any:
+    """A module of the harness, which is an extra."""
+    return importlib.import_module(f"lm_eval.{name}")
 
 
 def _load(manager: Any, suite: Suite, name: str) -> dict[str, Any]:
@@ -205,9 +207,9 @@ class _Asked:
 
 
 def _language_model(asked: _Asked, tokenizer: Any, batch_size: int) -> Any:
-    from lm_eval.models.huggingface import HFLM
+    base: Any = _part("models.huggingface").HFLM
 
-    class Workers(HFLM):
+    class Workers(base):
         """Items are dealt out to the workers of a trial."""
 
         def __init__(self) -> None:

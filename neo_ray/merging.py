@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from neo_ray import devices, models
-from neo_ray.evaluate import evaluate
+from neo_ray.heldout import evaluate
 from neo_ray.parts import ModelSource, Sources, load_parts
 from neo_ray.quickstart import without_progress_bars
 from neo_ray.settings import TrialConfig

@@ -16,7 +16,7 @@ from neo_ray import devices, models
 from neo_ray.alignment import Projections
 from neo_ray.chunked import chunked_loss, projected_loss
 from neo_ray.data import Batch
-from neo_ray.evaluate import Predicted
+from neo_ray.heldout import Predicted
 from neo_ray.losses import LossSums, next_labels, scored
 from neo_ray.settings import TrialConfig
 from neo_ray.teaching import Taught

@@ -20,7 +20,7 @@ from torch import nn
 from neo_ray import adapters, alignment, benchmarks, checkpoints, devices, models, placement, scaling
 from neo_ray.batches import StepPlan, accumulation_steps, learning_rate, plan_steps
 from neo_ray.data import Split, collate
-from neo_ray.evaluate import evaluate
+from neo_ray.heldout import evaluate
 from neo_ray.losses import IGNORED
 from neo_ray.memory import reduce_bucket_elements
 from neo_ray.parts import ASKED, Parts, rank_and_world_size, sum_over_ranks

@@ -23,7 +23,7 @@ from tiny import World, make_llama
 
 from neo_ray import adapters, devices, models
 from neo_ray.bench_step import process_group
-from neo_ray.evaluate import evaluate, whole_model
+from neo_ray.heldout import evaluate, whole_model
 from neo_ray.memory import adapter_parameters
 from neo_ray.mistakes import explain
 from neo_ray.parts import Parts, Sources, load_parts

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_suites import SUITE, TASK
-from tiny import World, passages, write_lines
+from tiny import World, make_suite, passages
 
 from neo_ray import bench_step, benchmarks, data, harness, models, suites
 from neo_ray.config import DataConfig
@@ -34,15 +33,7 @@ def sources(tiny_world: World, tmp_path_factory: pytest.TempPathFactory) -> Sour
     config = DataConfig(source=str(tiny_world.data), max_length=48, select_fraction=0.2, report_fraction=0.2)
     folder = data.prepare(config, str(tiny_world.data), tokenizer, cache)
     own = tmp_path_factory.mktemp("own")
-    texts = [text.split() for text in passages(tokenizer, 12)]
-    ends = [" ".join(words[-4:]) for words in texts]
-    items = [
-        {"context": " ".join(words[:-4]), "choices": [ends[n], ends[n - 1], ends[n - 2]], "gold": 0}
-        for n, words in enumerate(texts)
-    ]
-    write_lines(own / "tasks" / "items.jsonl", items)
-    (own / "tasks" / "next_words.yaml").write_text(TASK, encoding="utf-8")
-    (own / "suite.yaml").write_text(SUITE, encoding="utf-8")
+    make_suite(own, passages(tokenizer, 12))
     student, teacher = ModelSource(str(tiny_world.student)), ModelSource(str(tiny_world.teacher))
     suite = suites.make_ready(str(own), cache)
     return Sources(student, str(folder), teacher, len(tokenizer), tokenizer.pad_token_id, suite=str(suite))

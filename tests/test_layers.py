@@ -21,13 +21,14 @@ ROOMS = {
         "mistakes plan plan_text points records refusals settings shapes space staging storage supply trials uploads warm"
     ),
     "training": (
-        "adapters alignment answers batches benchmarks checkpoints chunked data devices evaluate filling harness local losses "
+        "adapters alignment answers batches benchmarks checkpoints chunked data devices filling harness heldout local losses "
         "merging models parts placement prepare pruning quickstart scaling sources stores student suites teaching train"
     ),
-    "analysis": "card effects evidence guidelines report startup statistics",
+    "analysis": "card effects evidence guidelines paired report startup statistics",
     "ray": "board builder cluster lease mirror progress schedulers searcher slot slots tuner",
     "doors": (
-        "analyze bench bench_loss bench_pairs bench_reader bench_step bench_sweep bench_turns export ground status sweep targets"
+        "analyze bench bench_loss bench_pairs bench_reader bench_step bench_sweep bench_turns evaluate export ground "
+        "status sweep targets "
     ),
 }
 ROOM = {module: room for room, modules in ROOMS.items() for module in modules.split()}
@@ -38,7 +39,7 @@ TORCH = {"torch", "transformers", "peft", "deepspeed", "accelerate"}
 FORBIDDEN = {"facts": {*TORCH, "ray"}, "training": {"ray"}, "analysis": {*TORCH, "ray"}, "ray": set(), "doors": set()}
 WITHOUT_RAY = {"lease", "progress"}
 """They stand with ray, and need none of it: a lease is taken before Ray starts, and a bar is drawn without it."""
-QUICK_DOORS = ("analyze", "bench", "export", "status", "sweep", "targets")
+QUICK_DOORS = ("analyze", "bench", "evaluate", "export", "status", "sweep", "targets")
 """Doors that answer `--help`, `--dry-run` and a mistake in a file before anything heavy is imported."""
 
 

@@ -14,40 +14,18 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from lm_eval import evaluator
-from tiny import World, passages, write_lines
+from tiny import SUITE, World, make_suite, passages
 
 from neo_ray import bench_step, continuations, harness, models, suites
 from neo_ray.settings import ConfigError
 
 CPU = torch.device("cpu")
-TASK = """
-task: next_words
-dataset_path: json
-dataset_kwargs: {data_files: {test: "${SUITE}/tasks/items.jsonl"}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{context}}"
-doc_to_choice: choices
-doc_to_target: gold
-metric_list:
-  - {metric: acc, aggregation: mean, higher_is_better: true}
-  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
-"""
-SUITE = "name: own\nversion: 3\ntasks: tasks\nbenchmarks:\n  next_words: {metric: acc_norm}\n"
 
 
 @pytest.fixture(scope="module")
 def own(tiny_world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's folder with one task of 21 items: which of three ends has the passage?"""
     folder = tmp_path_factory.mktemp("own")
-    texts = [text.split() for text in passages(models.load_tokenizer(str(tiny_world.student)), 21)]
-    items: list[dict[str, Any]] = []
-    for number, words in enumerate(texts):
-        ends = [" ".join(texts[(number + shift) % len(texts)][-4:]) for shift in range(3)]
-        items.append({"context": " ".join(words[:-4]), "choices": ends, "gold": 0})
-    write_lines(folder / "tasks" / "items.jsonl", items)
-    (folder / "tasks" / "next_words.yaml").write_text(TASK, encoding="utf-8")
-    (folder / "suite.yaml").write_text(SUITE, encoding="utf-8")
+    make_suite(folder, passages(models.load_tokenizer(str(tiny_world.student)), 21))
     return folder
 
 

@@ -17,7 +17,7 @@ from tiny import World
 from neo_ray import builder, cluster, data, ground, inventory, models, stores, supply, targets
 from neo_ray.config import SweepConfig
 from neo_ray.data import TokenData
-from neo_ray.evaluate import evaluation_batches
+from neo_ray.heldout import evaluation_batches
 from neo_ray.loading import load
 from neo_ray.parts import ModelSource, Sources
 from neo_ray.settings import ConfigError

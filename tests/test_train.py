@@ -152,7 +152,7 @@ def test_the_adapter_loads_in_plain_peft(sources: Sources, tmp_path: Path) -> No
     loaded = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
     merged = loaded.merge_and_unload()
     parts = load_parts(sources, trial, CPU)
-    from neo_ray.evaluate import evaluate, whole_model
+    from neo_ray.heldout import evaluate, whole_model
 
     scores = evaluate(whole_model(merged), parts, "report", trial.evaluation)
     assert scores.ce == pytest.approx(outcome.metrics["report_ce"], abs=1e-4)

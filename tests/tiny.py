@@ -13,6 +13,20 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
 )
 
+TASK = """
+task: next_words
+dataset_path: json
+dataset_kwargs: {data_files: {test: "${SUITE}/tasks/items.jsonl"}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{context}}"
+doc_to_choice: choices
+doc_to_target: gold
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
+"""
+SUITE = "name: own\nversion: 3\ntasks: tasks\nbenchmarks:\n  next_words: {metric: acc_norm}\n"
 SHAPE = dict(
     vocab_size=96,
     hidden_size=32,
@@ -120,3 +134,16 @@ def passages(tokenizer: Any, count: int = 200, shortest: int = 20, longest: int 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def make_suite(folder: Path, texts: list[str]) -> None:
+    """A user's suite of one task: which of three ends has the passage? One item a text."""
+    words = [text.split() for text in texts]
+    ends = [" ".join(one[-4:]) for one in words]
+    items = [
+        {"context": " ".join(one[:-4]), "choices": [ends[number], ends[number - 1], ends[number - 2]], "gold": 0}
+        for number, one in enumerate(words)
+    ]
+    write_lines(folder / "tasks" / "items.jsonl", items)
+    (folder / "tasks" / "next_words.yaml").write_text(TASK, encoding="utf-8")
+    (folder / "suite.yaml").write_text(SUITE, encoding="utf-8")
