@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 CHOICES = 4
-COUNT = 250
+COUNT = 200
 """Items of a benchmark, if not told otherwise: about a minute of one core with a 135M model."""
 CONTEXT_SENTENCES = 2
 WORDS = (6, 30)

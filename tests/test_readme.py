@@ -24,7 +24,7 @@ from doors import ROOT, finish, start, sweep_file
 from planted import trial
 from tiny import World
 
-from neo_ray import analyze, export, status, sweep, targets
+from neo_ray import analyze, evaluate, export, status, sweep, targets
 from neo_ray.adapters import attach, save_adapter, trained_parameters
 from neo_ray.cautions import PARAMETER_OF
 from neo_ray.config import AXIS_KINDS, Axis, DataConfig, SweepConfig
@@ -131,6 +131,11 @@ def _export(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert export.main(words) == 2 and "has no adapter any more" in capsys.readouterr().err
 
 
+def _evaluate(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """As far as it goes without an adapter."""
+    assert evaluate.main(words) == 2 and "has no adapter to ask" in capsys.readouterr().err
+
+
 def _targets(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """On a cache of the checkout's own, which is empty; what would be built, as a sweep's dry run."""
     if words[0] == "build":
@@ -188,6 +193,7 @@ CHECKS: dict[str, Callable[[list[str], pytest.CaptureFixture[str]], None]] = {
     "python -m neo_ray.sweep": _sweep,
     "python -m neo_ray.analyze": _analyze,
     "python -m neo_ray.status": _status,
+    "python -m neo_ray.evaluate": _evaluate,
     "python -m neo_ray.export": _export,
     "python -m neo_ray.targets": _targets,
     "python": _python,
@@ -336,7 +342,15 @@ def test_the_results_table_names_all_that_a_sweep_leaves(tiny_world: World, tmp_
     text = finish(process)
     assert process.returncode == 0, text
     named = {word.rstrip("/") for row in table(README, "name ") for word in words_of(row[0])}
-    passing = {"lease.json", ".lease-…", "study.db-journal", "trials/<id>/checkpoint", "export/<id>"}
+    passing = {
+        "lease.json",
+        ".lease-…",
+        "study.db-journal",
+        "trials/<id>/checkpoint",
+        "trials/<id>/suite.json",
+        "benchmarks/",
+        "export/<id>",
+    }
     assert {"lease.json", "trials/<id>/checkpoint"} <= during
     assert {name for name in during if not name.startswith(".")} <= named | {"trials"}, "a row for each"
     assert named - _entries(folder) == passing
