@@ -25,7 +25,7 @@ from neo_ray import adapters, models, train
 from neo_ray.batches import plan_steps
 from neo_ray.bench_step import process_group
 from neo_ray.data import TokenData
-from neo_ray.evaluate import evaluate
+from neo_ray.heldout import evaluate
 from neo_ray.parts import ModelSource, Parts, Sources
 from neo_ray.settings import DeepSpeedConfig, DistillConfig, EvaluationConfig, LoraConfig, TrainingConfig, TrialConfig
 from neo_ray.student import Student
