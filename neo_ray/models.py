@@ -198,10 +198,7 @@ class Head:
     """Multiplies: Cohere's `logit_scale`, one over Granite's `logits_scaling`."""
 
     def logits(self, hidden_NH: Tensor, vocabulary: int) -> Tensor:
-        """fp32 logits_NV over the first `vocabulary` ids, for any leading shape.
-
-        The product is taken in the weights' dtype, as the model itself does.
-        """
+        """fp32 logits_NV over the first `vocabulary` ids, any leading shape; the product in the weights' dtype, as a model's."""
         bias_V = None if self.bias_V is None else self.bias_V[:vocabulary]
         logits_NV = F.linear(hidden_NH.to(self.weight_VH.dtype), self.weight_VH[:vocabulary], bias_V).float()
         return _capped(logits_NV, self.logit_scale, self.soft_cap)
@@ -229,9 +226,9 @@ class AdaptedHead:
     logit_scale: float
 
     def logits(self, hidden_NH: Tensor, vocabulary: int) -> Tensor:
-        """As `Head.logits`."""
-        product: Any = type(self.module).forward  # past ZeRO-3's hooks, which belong around a whole loss (`Student.loss`)
-        return _capped(product(self.module, hidden_NH)[..., :vocabulary].float(), self.logit_scale, self.soft_cap)
+        """As `Head.logits`. Past ZeRO-3's hooks on the module, which belong around a whole loss (`Student.loss`)."""
+        adapted_NV = type(self.module).forward(self.module, hidden_NH)[..., :vocabulary]
+        return _capped(adapted_NV.float(), self.logit_scale, self.soft_cap)
 
     @property
     def trained(self) -> list[Tensor]:
@@ -249,16 +246,14 @@ def _capped(logits_NV: Tensor, scale: float, soft_cap: float | None) -> Tensor:
 
 def any_head(model: Any) -> AnyHead:
     """The head of a model under training, whatever an adapter made of it."""
-    layer = head_layer(model)
-    cap_and_scale = _cap_and_scale(model)
+    layer, cap_and_scale = head_layer(model), _cap_and_scale(model)
     return Head(layer.weight, layer.bias, *cap_and_scale) if _is_plain(layer) else AdaptedHead(layer, *cap_and_scale)
 
 
 def head_layer(model: Any) -> Any:
     """The module that makes the logits: the copy that peft trains (`modules_to_save`), where there is one."""
     layer = model.get_output_embeddings()
-    copies = getattr(layer, "modules_to_save", None)
-    return layer if copies is None else copies[layer.active_adapters[0]]
+    return layer.modules_to_save[layer.active_adapters[0]] if hasattr(layer, "modules_to_save") else layer
 
 
 def output_head(model: Any) -> Head:
