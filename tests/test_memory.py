@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from measured_step import build, estimate
+from measured_step import build, estimate, widths
 
 from neo_ray import adapters
 from neo_ray.memory import BF16, FP32, RUNTIME_BYTES, start_bytes, update_bytes
@@ -114,6 +114,17 @@ def test_factors_that_a_branch_starts_from_are_counted(variant: str) -> None:
     assert found == start_bytes(shape, lora, FP32, on_gpu=False)
     # the operands in bf16, and nothing cached
     assert start_bytes(shape, lora, BF16, on_gpu=True) == found // 2
+
+
+@pytest.mark.parametrize("trial", [{"method": "kd"}, {"lora": {"modules_to_save": ["lm_head"]}}], ids=["whole", "copy"])
+def test_a_trained_head_costs_its_gradient_and_a_chunk_at_every_stage(trial: dict[str, Any]) -> None:
+    case = {"shape": {"vocab_size": 32_000}, "sequences": 4, "length": 512, "trial": {"training": {"dtype": "fp32"}}}
+    frozen, *trained = (
+        estimate({**case, "trial": {**case["trial"], **trial, "deepspeed": {"zero_stage": stage}}})["logits and loss"]
+        for trial, stage in (({}, 0), (trial, 0), (trial, 2), (trial, 3))
+    )
+    assert set(trained) == {frozen + 2 * FP32 * 32_000 * widths(case)["hidden_size"]}
+    assert frozen < FP32 * 32_000 * 4 * 512, "less than one tensor of all positions"
 
 
 def test_every_layer_keeps_a_mask_where_sequences_are_padded() -> None:
