@@ -348,7 +348,7 @@ def test_the_results_table_names_all_that_a_sweep_leaves(tiny_world: World, tmp_
         "study.db-journal",
         "trials/<id>/checkpoint",
         "trials/<id>/suite.json",
-        "benchmarks/",
+        "benchmarks",
         "export/<id>",
     }
     assert {"lease.json", "trials/<id>/checkpoint"} <= during
