@@ -48,10 +48,11 @@ class Board:
         self.changed = asyncio.Condition()
 
     async def submit(self, trial: str, job: Job) -> None:
-        """A Tune trial asks for a slot."""
+        """A Tune trial asks for a slot. Tune may move it to another of its actors while the first one comes up: asked once."""
         async with self.changed:
-            self.jobs[trial], self.items[trial] = job, []
-            self._enqueue(trial, first=False)
+            if trial not in self.jobs:
+                self.jobs[trial], self.items[trial] = job, []
+                self._enqueue(trial, first=False)
 
     async def begin(self, slot: int) -> None:
         """A slot's workers are about to be started."""

@@ -72,6 +72,19 @@ def test_a_lost_slot_returns_its_trial_a_bounded_number_of_times() -> None:
     on_a_board(story)
 
 
+def test_a_trial_that_is_submitted_again_runs_once_and_keeps_what_it_said() -> None:
+    async def story(board: Board) -> None:
+        await board.take(0)
+        await board.report("0000", {"rung": 1})
+        await board.submit("0000", {"config": CONFIG})
+        assert list(board.queue) == ["0001"] and kinds(board, "0000") == ["report"]
+        await board.finish(0, "0000", {"state": "COMPLETE"})
+        await board.submit("0000", {"config": CONFIG})
+        assert list(board.queue) == ["0001"] and [i["kind"] for i in await board.items_after("0000", 0)] == ["report", "end"]
+
+    on_a_board(story)
+
+
 def test_an_end_counts_once_and_only_from_the_slot_that_holds_the_trial() -> None:
     async def story(board: Board) -> None:
         await board.take(0)
