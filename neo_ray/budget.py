@@ -9,16 +9,16 @@ from neo_ray.config import BudgetConfig
 from neo_ray.records import TrialRecord
 
 SESSION = "session"
-"""The journal's event for a driver that begins to run trials."""
+"""The journal's event for a driver that begins to run trials, or those of the next phase."""
 
 
-def hours_of(events: Iterable[dict[str, Any]]) -> float:
-    """Hours in which drivers ran this sweep: each from its first event to its last."""
+def hours_of(events: Iterable[dict[str, Any]], phase: str | None = None) -> float:
+    """Hours in which drivers ran this sweep, or a phase of it: each from its first event to its last."""
     seconds, begun, last = 0.0, None, 0.0
     for event in events:
         if event["event"] == SESSION:
             seconds += last - begun if begun is not None else 0.0
-            begun = event["time"]
+            begun = event["time"] if phase in (None, event.get("phase")) else None
         elif not event["trial"] or event.get("settled"):
             continue  # told before a session begins, of the store or of an earlier session
         last = event["time"]

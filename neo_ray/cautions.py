@@ -8,6 +8,7 @@ from pathlib import Path
 from neo_ray.assets import is_quickstart
 from neo_ray.axes import show
 from neo_ray.config import SweepConfig
+from neo_ray.phases import at_phase, phases_of
 from neo_ray.settings import trial_leaves
 from neo_ray.space import Space
 from neo_ray.storage import is_url
@@ -31,8 +32,8 @@ def cautions(config: SweepConfig, space: Space, overrides: Sequence[str] = ()) -
         _unused_sections,
         _distances,
         _impossible_axes,
-        _sampler,
-        _scheduler,
+        _phases,
+        _objective,
         _training,
         _targets,
         _data,
@@ -99,7 +100,19 @@ def _impossible_axes(config: SweepConfig, space: Space) -> Iterator[str]:
             yield f"search.{axis.key} is ignored: its `when` never holds in this sweep"
 
 
-def _sampler(config: SweepConfig, space: Space) -> Iterator[str]:
+def _phases(config: SweepConfig, space: Space) -> Iterator[str]:
+    """Each phase's sampler and scheduler, at their paths."""
+    begun = 0
+    for phase in phases_of(config):
+        lines = [*_scheduler(phase.config), *(() if phase.seeds else _sampler(phase.config, phase.space, begun))]
+        yield from (at_phase(phase.name, line) for line in lines)
+        if len(phase.seeds) == 2:
+            yield f"phases.{phase.name}.seeds: two seeds leave an interval very wide; 3 or more"
+        begun += phase.most()
+
+
+def _sampler(config: SweepConfig, space: Space, begun: int) -> Iterator[str]:
+    """`begun`: trials of phases before, which the sampler knows."""
     sampler, size = config.sampler, space.size()
     if sampler.name == "grid":
         total = (size or 0) * max(1, len(sampler.seeds))
@@ -110,7 +123,7 @@ def _sampler(config: SweepConfig, space: Space) -> Iterator[str]:
         yield f"sampler.seeds is ignored: sampler.name is {sampler.name}, and only a grid repeats its settings"
     if sampler.num_trials and size is not None and size < sampler.num_trials:
         yield f"sampler.num_trials: {sampler.num_trials}, and the space holds {size} settings; some will be repeated"
-    if sampler.name in MODELLING and sampler.num_trials and sampler.num_trials <= sampler.startup_trials:
+    if sampler.name in MODELLING and sampler.num_trials and begun + sampler.num_trials <= sampler.startup_trials:
         yield f"sampler: all {sampler.num_trials} trials are random ({sampler.startup_trials} startup_trials)"
     if sampler.warm_start and sampler.name not in LEARNING:
         yield f"sampler.warm_start is ignored: {sampler.name} goes by no earlier trials"
@@ -132,7 +145,7 @@ def _drawn_at_random(sampler: str, space: Space) -> Iterator[str]:
             yield f"search.{axis.key} is drawn at random: {sampler} searches axes that every trial has, and this one has a `when`"
 
 
-def _scheduler(config: SweepConfig, space: Space) -> Iterator[str]:
+def _scheduler(config: SweepConfig) -> Iterator[str]:
     scheduler, points = config.scheduler, config.evaluation.points
     if scheduler.name == "none":
         given = sorted({"grace", "reduction_factor"} & scheduler.not_default)
@@ -143,6 +156,9 @@ def _scheduler(config: SweepConfig, space: Space) -> Iterator[str]:
         yield f"scheduler: {scheduler.name} can stop no trial: {where}"
     elif scheduler.name == "median" and "reduction_factor" in scheduler.not_default:
         yield "scheduler.reduction_factor is ignored: scheduler.name is median"
+
+
+def _objective(config: SweepConfig, space: Space) -> Iterator[str]:
     if config.objective.mode == "max":
         yield f"objective.mode: max looks for the worst trial; a lower {config.objective.metric} is better"
 

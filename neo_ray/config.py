@@ -5,13 +5,13 @@ Neither torch nor ray is imported here, so that every mistake in a file is repor
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from neo_ray.searching import BudgetConfig, ObjectiveConfig, PhasesConfig, SamplerConfig, SchedulerConfig
 from neo_ray.settings import Section, TrialConfig
 from neo_ray.storage import Folder, at, is_url
 
@@ -104,58 +104,6 @@ class DataConfig(Section):
         return self
 
 
-class SamplerConfig(Section):
-    name: Literal["tpe", "gp", "cmaes", "nsga2", "random", "qmc", "grid"] = "tpe"
-    """How settings are proposed. `grid` runs every combination once and needs finite axes; `cmaes` searches ranges alone (the
-    package cmaes), and draws the rest at random."""
-    num_trials: int | None = Field(None, ge=1)
-    """Number of trials; for `grid` at most this many of the combinations (null: all)."""
-    startup_trials: int = Field(8, ge=1)
-    """Random trials before `tpe`, `gp` or `cmaes` begin to model; the size of a generation of `nsga2`."""
-    seeds: tuple[int, ...] = ()
-    """Repeat every setting with each of these seeds (grid only)."""
-    warm_start: tuple[str, ...] = ()
-    """Results folders of earlier sweeps: what `tpe`, `gp`, `cmaes` and `nsga2` already know. They count as no trials of this one,
-    and those that are outside its space or have other settings are left out."""
-    warm_start_anyway: bool = False
-    """Take them also of other models, data or settings."""
-
-
-class SchedulerConfig(Section):
-    name: Literal["asha", "hyperband", "median", "none"] = "asha"
-    """`asha` stops the worse trials early; `hyperband` too, and spares a part of them until later rungs; `median` stops at any
-    evaluation what is worse than the median of the others; `none` runs all to the end (what laws are fitted on)."""
-    grace: float = Field(0.25, gt=0, le=1)
-    """Share of a trial's tokens before which none is stopped."""
-    reduction_factor: float = Field(3, gt=1)
-    """At each rung about 1 / reduction_factor of the trials go on (not `median`)."""
-
-    def rungs(self, points: int) -> tuple[int, ...]:
-        """Evaluations (from 1) at which trials are stopped: the first after `grace`, then each `reduction_factor` times later;
-        with `median` each from there on.
-
-        The last evaluation is none: a trial that reached it is complete.
-        """
-        found, rung = [], max(1, math.ceil(self.grace * points - 1e-9))
-        while self.name != "none" and rung < points:
-            found.append(rung)
-            rung = rung + 1 if self.name == "median" else math.ceil(rung * self.reduction_factor - 1e-9)
-        return tuple(found)
-
-
-class BudgetConfig(Section):
-    """What a sweep may spend, over all its runs. Where one ends, no trial begins any more; those that run go to their end."""
-
-    trials: int | None = Field(None, ge=1)
-    """Trials begun, in all."""
-    tokens: int | None = Field(None, ge=1)
-    """Training tokens of all trials, counted at each evaluation."""
-    accelerator_hours: float | None = Field(None, gt=0)
-    """Hours of training and evaluation × devices of a trial, counted at each evaluation."""
-    hours: float | None = Field(None, gt=0)
-    """Wall-clock hours in which the sweep ran trials."""
-
-
 class ResourcesConfig(Section):
     address: str | None = None
     """Ray address (`auto`, `ray://…`); null starts Ray on this machine."""
@@ -201,12 +149,6 @@ class ResourcesConfig(Section):
         if gpus > 1 and gpus != int(gpus):
             raise ValueError(f"gpus_per_worker: {gpus} must be a whole number or below 1")
         return self
-
-
-class ObjectiveConfig(Section):
-    metric: Literal["select_ce", "select_bits_per_byte", "select_kl"] = "select_ce"
-    """What trials are ranked by, on the select split. Never the training loss: kd_ratio and temperature change that."""
-    mode: Literal["min", "max"] = "min"
 
 
 def _known(place: str) -> str:
@@ -343,6 +285,8 @@ class SweepConfig(TrialConfig):
     sampler: SamplerConfig = SamplerConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     budget: BudgetConfig = BudgetConfig()
+    phases: PhasesConfig | None = None
+    """A study in phases, in place of `sampler` and `scheduler`; null: one phase, with those."""
     resources: ResourcesConfig = ResourcesConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     storage: StorageConfig = StorageConfig()

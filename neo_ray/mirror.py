@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,16 @@ def study_url(config: SweepConfig) -> str:
 class Mirror(threading.Thread):
     """Keeps the database like the study: trials as they begin (RUNNING), report and end."""
 
-    def __init__(self, config: SweepConfig, study: optuna.Study, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        config: SweepConfig,
+        study: optuna.Study,
+        say: Callable[[str], None],
+        others: Sequence[optuna.trial.FrozenTrial] = (),
+    ) -> None:
+        """`others`: finished trials of the sweep that its sampler is not to see, of phases that come later."""
         super().__init__(daemon=True, name="study")
-        self.config, self.study, self.say = config, study, say
+        self.config, self.study, self.say, self.others = config, study, say, others
         self.closing = threading.Event()
         self.storage: optuna.storages.RDBStorage | None = None
         self.copies: dict[int, optuna.trial.FrozenTrial] = {}
@@ -70,6 +77,9 @@ class Mirror(threading.Thread):
     def follow(self) -> None:
         """Bring the database up to date. Raises what it raises; the next call goes on from there."""
         storage = self.storage or self._open()
+        for trial in self.others[self.num_others :]:
+            storage.create_new_trial(self.study_id, trial)
+            self.num_others += 1
         for trial in self.study.get_trials(deepcopy=False):
             copy = self.copies.get(trial.number)
             if copy is None:
@@ -103,6 +113,7 @@ class Mirror(threading.Thread):
             if study.study_name == name:
                 storage.delete_study(study._study_id)
         self.study_id, self.copies = storage.create_new_study(self.study.directions, name), {}
+        self.num_others = 0
         storage.set_study_user_attr(self.study_id, "results", results)
         self.storage = storage
         return storage

@@ -14,11 +14,11 @@ from neo_ray.cautions import cautions
 from neo_ray.config import SweepConfig
 from neo_ray.estimate import Certainty, Reading, reading_of, tokens_of_split
 from neo_ray.memory import CHUNK_BYTES, RUNTIME_BYTES, compute_bytes, memory_per_worker
+from neo_ray.phases import Phase, phases_of
 from neo_ray.settings import TrainingConfig, TrialConfig
 from neo_ray.shapes import ModelShape, cached_snapshot, model_shapes
 from neo_ray.space import LENGTHS, Space, build_space
 from neo_ray.supply import Supply, choose
-from neo_ray.trials import trials_planned
 
 HUB_BYTES_PER_PARAMETER = 2  # published weights are bf16 or fp16 as a rule
 
@@ -35,7 +35,9 @@ class TrainSplit:
 class Plan:
     config: SweepConfig
     space: Space
+    phases: tuple[Phase, ...]
     num_trials: int
+    """At most, in all phases."""
     teacher: ModelShape | None
     student: ModelShape | None
     tokens_per_trial: tuple[int, int] | None
@@ -58,7 +60,11 @@ class Plan:
     @property
     def tokens_of_all(self) -> int | None:
         """At most, what all trials together train on."""
-        return None if self.tokens_per_trial is None else self.num_trials * self.tokens_per_trial[1]
+        return self.tokens_of(self.num_trials)
+
+    def tokens_of(self, num_trials: int) -> int | None:
+        """At most, what so many trials train on."""
+        return None if self.tokens_per_trial is None else num_trials * self.tokens_per_trial[1]
 
     @property
     def builder_bytes(self) -> int:
@@ -88,11 +94,13 @@ def make_plan(
     supply = supply or choose(config, space)
     largest, memory, least = _largest_trial(config, space, teacher, student, supply)
     tokens, certainty = _tokens(config, space, prepared)
-    num_trials, reading = trials_planned(config, space), reading_of(config, supply, teacher, student, memory.get("teacher", 0))
+    phases, reading = phases_of(config), reading_of(config, supply, teacher, student, memory.get("teacher", 0))
+    num_trials = sum(phase.most() for phase in phases)
     at_most = None if tokens is None else num_trials * tokens[1]
     return Plan(
         config=config,
         space=space,
+        phases=phases,
         num_trials=num_trials,
         teacher=teacher,
         student=student,

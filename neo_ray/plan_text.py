@@ -5,7 +5,9 @@ from __future__ import annotations
 from neo_ray.budget import amount
 from neo_ray.config import SweepConfig
 from neo_ray.memory import adapter_parameters
+from neo_ray.phases import Phase
 from neo_ray.plan import Plan, ends, size_text, time_text
+from neo_ray.searching import SchedulerConfig
 from neo_ray.shapes import ModelShape
 from neo_ray.supply import bytes_of_row
 from neo_ray.trials import MODELLING, fixed_settings
@@ -22,8 +24,7 @@ def render(plan: Plan) -> str:
         ("method", [_method(plan)]),
         ("fixed", fixed_settings(config, plan.space) or ["all other settings have their defaults"]),
         ("space", plan.space.describe() or ["one setting"]),
-        ("trials", [f"{plan.num_trials}, {_sampler(plan)}"]),
-        ("scheduler", [_scheduler(plan)]),
+        *_phases(plan),
         ("at once", [plan.concurrency]),
         ("tokens", [_tokens_text(plan), *_price(plan)]),
         ("budget", _budget(config)),
@@ -79,18 +80,41 @@ def _method(plan: Plan) -> str:
     return "; ".join(counts)
 
 
-def _sampler(plan: Plan) -> str:
-    sampler = plan.config.sampler
+def _phases(plan: Plan) -> list[tuple[str, list[str]]]:
+    """What runs, and what is stopped early; phase by phase where there are several."""
+    (first, *_), points = plan.phases, plan.config.evaluation.points
+    if first.name is None:
+        trials = f"{plan.num_trials}, {_sampler(first)}"
+        return [("trials", [trials]), ("scheduler", [_scheduler(first.config.scheduler, points)])]
+    return [("phases", [line for phase in plan.phases for line in _phase(plan, phase)])]
+
+
+def _phase(plan: Plan, phase: Phase) -> list[str]:
+    """A phase with its trials, what they cost at most, and its own budget."""
+    tokens, most = plan.tokens_of(phase.most()), "at most " if phase.confirm else ""
+    price = f"; at most {tokens:,} tokens" if tokens is not None else ""
+    scheduler = _scheduler(phase.config.scheduler, plan.config.evaluation.points)
+    budget = "".join(f"; budget: {text}" for text in _budget(phase.config))
+    return [f"{phase.name}: {most}{phase.most()} trials, {_sampler(phase)}", f"  {scheduler}{price}{budget}"]
+
+
+def _sampler(phase: Phase) -> str:
+    sampler, seeds = phase.config.sampler, ", ".join(map(str, phase.seeds))
+    if phase.confirm is not None:
+        return f"the {phase.confirm.top} best settings and the reference with each of the seeds {seeds}"
+    if seeds:
+        return f"{phase.most() // len(phase.seeds)} settings with each of the seeds {seeds}"
     if sampler.name == "grid":
         return "every combination once" + (
             f" with each of the seeds {', '.join(map(str, sampler.seeds))}" if sampler.seeds else ""
         )
-    start = f" after {min(sampler.startup_trials, plan.num_trials)} random ones" if sampler.name in MODELLING else ""
+    if phase.before:
+        return f"proposed by {sampler.name}, which begins with the trials of {' and '.join(phase.before)}"
+    start = f" after {min(sampler.startup_trials, phase.most())} random ones" if sampler.name in MODELLING else ""
     return f"proposed by {sampler.name}{start}"
 
 
-def _scheduler(plan: Plan) -> str:
-    scheduler, points = plan.config.scheduler, plan.config.evaluation.points
+def _scheduler(scheduler: SchedulerConfig, points: int) -> str:
     if scheduler.name == "none":
         return "none: every trial runs to its end"
     rungs = [f"{rung / points:.0%}" for rung in scheduler.rungs(points)]

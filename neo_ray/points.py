@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from neo_ray.axes import SpaceAxis, as_leaf, show
-from neo_ray.config import SweepConfig
+from neo_ray.config import Axis, SweepConfig
 from neo_ray.mistakes import guess
 from neo_ray.settings import ConfigError
 
@@ -25,25 +25,31 @@ def point_settings(config: SweepConfig, space: Space) -> list[dict[str, Any]]:
         )
     found: list[dict[str, Any]] = []
     for index, point in enumerate(config.points):
-        params = _completed(space, point, f"points.{index}")
+        params = completed(space, point, f"points.{index}")
         found += [params] if params not in found else []
     return found
 
 
-def _completed(space: Space, point: dict[str, Any], where: str) -> dict[str, Any]:
-    """The setting that a point means: what it leaves out is the sweep file's own value."""
+def reference_setting(config: SweepConfig, space: Space) -> dict[str, Any] | None:
+    """The setting that the best are confirmed against, which may lie outside of the space; None without that phase."""
+    confirm = config.phases.confirm if config.phases else None
+    return completed(space, confirm.reference, "phases.confirm.reference", anywhere=True) if confirm else None
+
+
+def completed(space: Space, point: dict[str, Any], where: str, anywhere: bool = False) -> dict[str, Any]:
+    """The setting that a point means: what it leaves out is the sweep file's own value. `anywhere`: also outside of the space."""
     given = {_axis(space, name, where).name: value for name, value in point.items()}
 
     def value_of(axis: SpaceAxis) -> Any:
         value, named = given.get(axis.name, space.base[axis.leaf]), axis.name in given
         if value is None and not named:
             raise ConfigError(f"{where}: {axis.name} is missing, and the sweep file has no value of its own")
-        if not named and not _holds(axis, value):
+        if not named and not anywhere and not _holds(axis, value):
             raise ConfigError(
                 f"{where}: {axis.name} is missing, and the sweep file's own {show(value)} is not in search.{axis.key}"
             )
         value = as_leaf(axis.path, value, f"{where}.{axis.name}")
-        if not _holds(axis, value):
+        if not anywhere and not _holds(axis, value):
             raise ConfigError(f"{where}.{axis.name}: {show(value)} is not a value of search.{axis.key} ({axis.text})")
         return value
 
@@ -52,6 +58,23 @@ def _completed(space: Space, point: dict[str, Any], where: str) -> dict[str, Any
     if idle:
         raise ConfigError(f"{where}.{idle[0]}: does not exist in this setting ({space.axes[idle[0]].text})")
     return params
+
+
+def level_axes(config: SweepConfig, space: Space, levels: dict[str, tuple[Any, ...]], where: str) -> dict[str, Axis]:
+    """The `search` section with lists of values in place of some axes.
+
+    Raises:
+        ConfigError: an unknown axis, or a value outside it.
+    """
+    search = dict(config.search)
+    for name, values in levels.items():
+        axis = _axis(space, name, where)
+        for value in values:
+            if not _holds(axis, as_leaf(axis.path, value, f"{where}.{name}")):
+                raise ConfigError(f"{where}.{name}: {show(value)} is not a value of search.{axis.key} ({axis.text})")
+        kept = {key: value for key, value in (("sets", search[axis.key].sets), ("when", search[axis.key].when)) if value}
+        search[axis.key] = Axis.model_validate({**kept, "grid": values})
+    return search
 
 
 def _axis(space: Space, name: str, where: str) -> SpaceAxis:

@@ -35,6 +35,8 @@ class Progress:
         self.records = {record.id: record for record in records}
         self.hours: Callable[[], float] = lambda: 0.0
         """In which the sweep has run, for its budget."""
+        self.phase = ""
+        """Of the study, where it has some."""
         self.lock = threading.RLock()
         self.live = Live(self._text(), console=console, refresh_per_second=2, transient=True) if console.is_terminal else None
 
@@ -75,7 +77,8 @@ class Progress:
         """`5/12 trials · 2 running · 3 pruned · best select_ce 4.51 (0003) · about 3 min left`."""
         states = [r.state for r in self.records.values()]
         done = sum(s != "RUNNING" for s in states)
-        words = [f"{done}/{self.planned} trials"]
+        words = [self.phase] if self.phase else []
+        words += [f"{done}/{self.planned} trials"]
         running = min(self.slots, states.count("RUNNING"))  # Tune starts the next before a stopped one has left its slot
         words += [f"{running} running"] if running else []
         words += [f"{states.count(s)} {s.lower()}" for s in ("PRUNED", "FAILED") if s in states]

@@ -78,9 +78,11 @@ def _quantization(config: SweepConfig, trial: TrialConfig) -> Iterator[str]:
 
 def check_installed(config: SweepConfig) -> None:
     """What a sweep needs where it runs; its records are read anywhere. Raises ConfigError."""
-    if config.sampler.name == "cmaes" and importlib.util.find_spec("cmaes") is None:
+    exploit = config.phases.exploit if config.phases else None
+    sampler, where = (exploit.sampler, "phases.exploit.sampler") if exploit else (config.sampler, "sampler")
+    if sampler.name == "cmaes" and importlib.util.find_spec("cmaes") is None:
         raise ConfigError(
-            "sampler.name: cmaes needs the package cmaes, which is not installed; "
+            f"{where}.name: cmaes needs the package cmaes, which is not installed; "
             "pip install -c constraints.txt -e '.[cmaes]', or tpe, gp, nsga2"
         )
     if config.storage.study is not None:

@@ -15,7 +15,9 @@ from ray.tune.search.optuna import OptunaSearch
 
 from neo_ray.config import SweepConfig
 from neo_ray.loading import plain
+from neo_ray.phases import Phase
 from neo_ray.records import TrialRecord
+from neo_ray.settings import ConfigError
 from neo_ray.space import Space
 from neo_ray.trials import Setting
 from neo_ray.warm import warm_trials
@@ -37,15 +39,16 @@ class StudySearch(OptunaSearch):
         on_start: Callable[[str, dict[str, Any], int], None],
         may_begin: Callable[[str | None], bool] = lambda trial: True,
         room: Callable[[], int] = lambda: 10**6,
+        phase: Phase | None = None,
     ) -> None:
-        """`room`: how many trials may be under way just now."""
+        """`room`: how many trials may be under way just now. `phase`: of a study, where it has some."""
         Searcher.__init__(self, metric=config.objective.metric, mode=config.objective.mode)
         self._ot_trials: dict[str, optuna.trial.Trial] = {}
         self._completed_trials: set[str] = set()
         self.study = study
         self.config, self.space, self.given = config, space, list(given)
         self.next_id, self.on_start, self.may_begin, self.room = next_id, on_start, may_begin, room
-        self.only_given = config.sampler.name == "grid"
+        self.phase = phase or Phase(None, config, space)
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
         return True
@@ -58,19 +61,28 @@ class StudySearch(OptunaSearch):
             return Searcher.FINISHED  # type: ignore[return-value]
         if self.given:
             ours, params, seed = self.given.pop(0)
-            self.study.enqueue_trial(self.space.optuna_params(params), user_attrs={"trial": ours})
-        elif self.only_given:
+            asked = self._given(params)
+        elif self.phase.only_given:
             return Searcher.FINISHED  # type: ignore[return-value]
         else:
-            ours, params, seed = self.next_id(), {}, self.config.seed
-        asked = self.study.ask()
-        asked.set_user_attr("trial", ours)
-        params = self.space.define(asked)
+            ours, seed, asked = self.next_id(), self.config.seed, self.study.ask()
+            params = self.space.define(asked)
+        for name, value in {"trial": ours, "phase": self.phase.tag}.items():
+            asked.set_user_attr(name, value)
         self._ot_trials[trial_id] = asked
         trial = self.space.trial_config(params, self.config.trial)
         trial = trial.model_copy(update={"seed": self.space.seed(params, seed)})
         self.on_start(ours, params, trial.seed)
         return {"trial": ours, "config": json.dumps(plain(trial))}
+
+    def _given(self, params: dict[str, Any]) -> optuna.trial.Trial:
+        """A trial of the study with these params; without any where they lie outside of the space, as a reference may."""
+        fixed = _optuna_params(self.space, params)
+        self.study.enqueue_trial(fixed)
+        asked = self.study.ask()
+        if fixed:
+            self.space.define(asked)
+        return asked
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         value = result.get(self.config.objective.metric)
@@ -104,16 +116,26 @@ def study_state(state: str, cause: str | None, value: float | None) -> optuna.tr
     return optuna.trial.TrialState.PRUNED
 
 
-def open_study(config: SweepConfig, space: Space, records: list[TrialRecord]) -> optuna.Study:
-    """The study, in memory, made anew from the finished records: Optuna sees what happened, no more and no less."""
+def open_study(config: SweepConfig, space: Space, records: list[TrialRecord], begun: int | None = None) -> optuna.Study:
+    """The study, in memory, made anew from the finished records: Optuna sees what happened, no more and no less.
+
+    Args:
+        begun: how many trials the sampler has proposed, where the records hold those of earlier phases, too.
+    """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     direction = optuna.study.StudyDirection.MINIMIZE if config.objective.mode == "min" else optuna.study.StudyDirection.MAXIMIZE
-    past = [_frozen(config, space, record) for record in records if record.finished]
+    past = frozen_trials(config, space, records)
+    begun = len(records) if begun is None else begun
     for warm in warm_trials(config, space):
         past += [_frozen(config, space, record, f"{warm.path}/{record.id}") for record in warm.records]
-    study = optuna.create_study(study_name=config.name, sampler=make_sampler(config, past, len(records)), direction=direction)
+    study = optuna.create_study(study_name=config.name, sampler=make_sampler(config, past, begun), direction=direction)
     study.add_trials(past)
     return study
+
+
+def frozen_trials(config: SweepConfig, space: Space, records: list[TrialRecord]) -> list[optuna.trial.FrozenTrial]:
+    """The finished trials as Optuna has them."""
+    return [_frozen(config, space, record) for record in records if record.finished]
 
 
 def make_sampler(config: SweepConfig, past: list[optuna.trial.FrozenTrial], begun: int) -> optuna.samplers.BaseSampler:
@@ -180,16 +202,25 @@ class _Sequence(optuna.samplers.QMCSampler):
         return self.begun + super()._find_sample_id(study, search_space)
 
 
+def _optuna_params(space: Space, params: dict[str, Any]) -> dict[str, Any]:
+    """None of them where one lies outside of the space."""
+    try:
+        return space.optuna_params(params)
+    except ConfigError:
+        return {}
+
+
 def _frozen(config: SweepConfig, space: Space, record: TrialRecord, name: str | None = None) -> optuna.trial.FrozenTrial:
     metric = config.objective.metric
     value = record.metrics.get(metric)
     state = study_state(record.state, record.cause, value)
+    params = _optuna_params(space, record.params)
     curve = {int(row["rung"]): row[metric] for row in record.curve if row.get(metric) is not None}
     return optuna.trial.create_trial(
         state=state,
         value=value if state == optuna.trial.TrialState.COMPLETE else None,
-        params=space.optuna_params(record.params),
-        distributions=space.distributions(record.params),
+        params=params,
+        distributions=space.distributions(record.params) if params else {},
         intermediate_values=curve,
-        user_attrs={"trial": name or record.id},
+        user_attrs={"trial": name or record.id, "phase": record.phase},
     )

@@ -56,6 +56,8 @@ class Space:
     axes: dict[str, SpaceAxis]
     base: dict[str, Any]
     """Leaf → its value in the sweep file, for what is no axis or inactive."""
+    beyond: tuple[dict[str, Any], ...] = ()
+    """Settings that run whether or not they are in the space: the reference of a confirm phase."""
 
     @property
     def searched(self) -> tuple[str, ...]:
@@ -146,6 +148,7 @@ class Space:
         values = [value for axis in setters for value in self._reach(axis)]
         if not setters or (base is not None and all(axis.when for axis in setters)):
             values.append(base)
+        values += [params[axis.name] for params in self.beyond for axis in setters if axis.name in params]
         return list({repr(value): value for value in values}.values())
 
     def _reach(self, axis: SpaceAxis) -> list[Any]:
@@ -249,6 +252,8 @@ def build_space(config: SweepConfig) -> Space:
         if axis.of:
             _check_derived(axis, space)
     _check_disjoint(space)
+    reference = points.reference_setting(config, space)
+    space = replace(space, beyond=(reference,) if reference else ())
     _check_sweep(config, space)
     return space
 
@@ -351,7 +356,7 @@ def _check_sweep(config: SweepConfig, space: Space) -> None:
         raise ConfigError("sampler.seeds: `seed` is an axis already; give one of the two")
     if len(set(config.sampler.seeds)) < len(config.sampler.seeds):
         raise ConfigError(f"sampler.seeds: a seed stands twice (got {list(config.sampler.seeds)})")
-    for params in space.combinations(refusals.DECIDING):
+    for params in (*space.combinations(refusals.DECIDING), *space.beyond):
         refusals.check(config, space.trial_config(params, config.trial))
     taught = [m for m in space.reach("method") if m in ("kd", "neo")]
     if not taught and any(weight > 0 for weight in space.reach("alignment_weight")):

@@ -19,10 +19,9 @@ from neo_ray.budget import exhausted, hours_of
 from neo_ray.config import SweepConfig
 from neo_ray.lease import holder
 from neo_ray.loading import load
+from neo_ray.phases import Phase, phases_of, planned_trials, trials_left
 from neo_ray.records import Journal, TrialRecord, fold
 from neo_ray.settings import ConfigError
-from neo_ray.space import build_space
-from neo_ray.trials import trials_planned
 
 NOBODY = 1
 
@@ -60,7 +59,9 @@ def status(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder}: holds no sweep ({error})") from None
     events = list(Journal(folder).events())
     records = fold(events)
-    planned, driver = trials_planned(config, build_space(config)), holder(folder)
+    phases, driver = phases_of(config), holder(folder)
+    left = trials_left(phases, records, lambda tag: hours_of(events, tag))
+    planned = planned_trials(phases, records)
     running = [r for r in records if not r.finished]
     failed = [r for r in records if r.state == "FAILED"]
     causes = sorted({r.cause or "unknown" for r in failed})
@@ -70,7 +71,9 @@ def status(folder: Path) -> dict[str, Any]:
         "sweep": config.name,
         "driver": driver,
         "planned": planned,
-        "unfinished": 0 if spent else max(len(running), planned - sum(r.finished for r in records)),
+        "phase": next(iter(left), None) if phases[0].name else None,
+        "phases": {tag: _counts(phase, records, left) for phase in phases if (tag := phase.name)},
+        "unfinished": 0 if spent else sum(left.values()),
         "budget_spent": spent,
         "states": dict(Counter(r.state for r in records)),
         "running": [_running(record, config) for record in running],
@@ -97,6 +100,8 @@ def lines(found: dict[str, Any]) -> list[str]:
     done = sum(count for state, count in found["states"].items() if state != "RUNNING")
     states = ", ".join(f"{count} {state.lower()}" for state, count in sorted(found["states"].items()))
     text = [f"{found['sweep']}: {who}", f"trials: {done}/{found['planned']}{f' ({states})' if states else ''}"]
+    for name, (finished, of) in found["phases"].items():
+        text.append(f"  {name}: {finished}/{of}{' (now)' if name == found['phase'] else ''}")
     for trial in found["running"]:
         value = f", {trial['metric']} {trial['value']:.4f}" if trial["value"] is not None else ""
         text.append(f"  {trial['id']} {trial['share']:.0%} ({trial['tokens']:,} tokens{trial['of']}){value}")
@@ -114,6 +119,12 @@ def lines(found: dict[str, Any]) -> list[str]:
     if found["unfinished"] and not driver:
         text.append(f"{found['unfinished']} trials are left: the sweep's own command goes on")
     return [*text, *(f"{name}: {path}" for name, path in found["paths"].items())]
+
+
+def _counts(phase: Phase, records: list[TrialRecord], left: dict[str, int]) -> tuple[int, int]:
+    """Trials of a phase that have ended, of so many, or of at most so many."""
+    finished = sum(r.finished for r in phase.own(records))
+    return finished, finished + left.get(phase.tag, 0)
 
 
 def _running(record: TrialRecord, config: SweepConfig) -> dict[str, Any]:

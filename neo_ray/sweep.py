@@ -17,20 +17,17 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from neo_ray import ground, loading, local, uploads
 from neo_ray.config import SweepConfig
+from neo_ray.phases import Phase, at_its_path, check_seeds_are_fresh, phases_of, planned_trials, trials_left
 from neo_ray.plan import make_plan
 from neo_ray.plan_text import render
 from neo_ray.settings import ConfigError
-from neo_ray.space import Space, build_space
 from neo_ray.supply import Supply
-from neo_ray.trials import differences, retried, settings_to_run, trials_planned
+from neo_ray.trials import differences, retried
 from neo_ray.warm import check_same_models, warm_trials
-
-if TYPE_CHECKING:
-    from neo_ray.records import TrialRecord
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
                 except ConfigError as error:
                     print(f"   would be refused: {error}")
             return 0
-        return run(config, build_space(config), asked.fresh, asked.retry_failed)
+        return run(config, phases_of(config), asked.fresh, asked.retry_failed)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -88,8 +85,9 @@ def _load(file: str, overrides: list[str], address: str | None) -> SweepConfig:
     return config if address is None else loading.load(file, [*overrides, f"resources.address={json.dumps(address)}"])
 
 
-def run(config: SweepConfig, space: Space, fresh: bool = False, retry_failed: bool = False) -> int:
+def run(config: SweepConfig, phases: tuple[Phase, ...], fresh: bool = False, retry_failed: bool = False) -> int:
     """Run what is left of a sweep and report. Returns the exit code."""
+    from neo_ray.budget import exhausted, hours_of
     from neo_ray.lease import refuse_if_held
     from neo_ray.progress import SweepConsole
     from neo_ray.records import Journal, fold
@@ -111,26 +109,32 @@ def run(config: SweepConfig, space: Space, fresh: bool = False, retry_failed: bo
     identity = identities(config, sources)
     if not fresh:
         check_same_sources(config.folder, identity, "take another name, or --fresh to put that sweep aside")
-    check_same_models(config, identity)
-    for warm in warm_trials(config, space):
-        announce(warm.text)
-    records = [] if fresh else retried(fold(Journal(config.results).events()), retry_failed)
-    code = 0
-    left = settings_to_run(config, space, records)[1]
-    spent = None if fresh else _spent(config, records)
+    for phase in phases:
+        with at_its_path(phase.name):
+            check_same_models(phase.config, identity)
+        for warm in warm_trials(phase.config, phase.space):
+            announce(warm.text)
+    events = [] if fresh else list(Journal(config.results).events())
+    records, code = retried(fold(events), retry_failed), 0
+    check_seeds_are_fresh(phases, records)
+    left = trials_left(phases, records, lambda tag: hours_of(events, tag))
+    spent = exhausted(config.budget, records, hours_of(events), resuming=any(not record.finished for record in records))
     if left and spent:
         announce(f"the budget is spent ({spent}); with a larger one the same command goes on")
     elif left:
-        code = _run_on_ray(config, space, sources, supply, identity, fresh, retry_failed, console, announce)
+        code = _run_on_ray(config, phases, sources, supply, identity, fresh, retry_failed, console, announce)
+    elif any(phase.spent(records, hours_of(events, phase.tag)) for phase in phases):
+        announce("nothing is left to do within the budgets of the phases; with larger ones the same command goes on")
     else:
-        announce(f"all {trials_planned(config, space)} trials have run; nothing is left to do (more: sampler.num_trials=…)")
+        more = "sampler.num_trials=…" if phases[0].name is None else "phases.exploit.sampler.num_trials=…, phases.confirm.top=…"
+        announce(f"all {planned_trials(phases, records)} trials have run; nothing is left to do (more: {more})")
     _report(config, console)
     return code
 
 
 def _run_on_ray(
     config: SweepConfig,
-    space: Space,
+    phases: tuple[Phase, ...],
     sources: Any,
     supply: Supply,
     identity: dict[str, str],
@@ -159,8 +163,8 @@ def _run_on_ray(
             records = retried(settle(Journal(config.results)), retry_failed)
             announce("starting workers (they load the models once, for all trials)")
             try:
-                with Progress(config, console, trials_planned(config, space), room.slots, records) as progress:
-                    run_trials(config, space, sources, records, room.slots, progress, lost, room.plan.least_memory_bytes)
+                with Progress(config, console, planned_trials(phases, records), room.slots, records) as progress:
+                    run_trials(config, phases, sources, records, room.slots, progress, lost, room.plan.least_memory_bytes)
             finally:
                 if not lost.is_set():
                     write_records(config.folder, fold(Journal(config.results).events()))
@@ -201,18 +205,11 @@ def _check_same_sweep(config: SweepConfig, fresh: bool) -> None:
         )
 
 
-def _spent(config: SweepConfig, records: list[TrialRecord]) -> str | None:
-    """What no trial of this sweep may begin for; one that was interrupted, or is tried again, is counted already."""
-    from neo_ray.budget import exhausted, hours_of
-    from neo_ray.records import Journal
-
-    hours = hours_of(Journal(config.results).events())
-    return exhausted(config.budget, records, hours, resuming=any(not record.finished for record in records))
-
-
 def _check_earlier(config: SweepConfig) -> None:
     """A path of `sampler.warm_start` without records."""
-    warm_trials(config, build_space(config))
+    for phase in phases_of(config):
+        with at_its_path(phase.name):
+            warm_trials(phase.config, phase.space)
 
 
 def _set_aside(config: SweepConfig) -> None:

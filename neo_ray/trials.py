@@ -51,19 +51,32 @@ Setting = tuple[str, dict[str, Any], int]
 """Trial id, params, seed."""
 
 
-def settings_to_run(config: SweepConfig, space: Space, records: list[TrialRecord]) -> tuple[list[Setting], int]:
-    """Settings that are given, not proposed (interrupted trials, then points or a grid's rest), and how many trials remain."""
+def settings_to_run(
+    config: SweepConfig, space: Space, records: list[TrialRecord], begun: int | None = None
+) -> tuple[list[Setting], int]:
+    """Settings that are given, not proposed (interrupted trials, then points or a grid's rest), and how many trials remain.
+
+    Args:
+        begun: how many trials there are in all, where `records` are those of one phase.
+    """
     planned = trials_planned(config, space)
+    if config.sampler.name == "grid":
+        given = settings_left(grid_settings(config, space)[:planned], records, begun)
+        return given, len(given)
+    interrupted = sum(not r.finished for r in records)
+    remaining = max(interrupted, planned - sum(r.finished for r in records))
+    return settings_left(_first_settings(config, space), records, begun)[:remaining], remaining
+
+
+def settings_left(
+    wanted: list[tuple[dict[str, Any], int]], records: list[TrialRecord], begun: int | None = None
+) -> list[Setting]:
+    """The interrupted trials, then what of the wanted (params, seed) has not begun."""
     interrupted = [(r.id, r.params, r.seed) for r in records if not r.finished]
-    known = {_key(r.params, r.seed) for r in records}
-    grid = config.sampler.name == "grid"
-    wanted = grid_settings(config, space)[:planned] if grid else _first_settings(config, space)
-    fresh = [(p, s) for p, s in wanted if _key(p, s) not in known]
-    numbered = [(trial_id(len(records) + i), p, s) for i, (p, s) in enumerate(fresh)]
-    if grid:
-        return interrupted + numbered, len(interrupted) + len(numbered)
-    remaining = max(len(interrupted), planned - sum(r.finished for r in records))
-    return (interrupted + numbered)[:remaining], remaining
+    known = {setting_key(r.params, r.seed) for r in records}
+    fresh = [(p, s) for p, s in wanted if setting_key(p, s) not in known]
+    first = len(records) if begun is None else begun
+    return interrupted + [(trial_id(first + i), p, s) for i, (p, s) in enumerate(fresh)]
 
 
 def _first_settings(config: SweepConfig, space: Space) -> list[tuple[dict[str, Any], int]]:
@@ -82,7 +95,8 @@ def trial_id(number: int) -> str:
     return f"{number:04d}"
 
 
-def _key(params: dict[str, Any], seed: int) -> str:
+def setting_key(params: dict[str, Any], seed: int | None = None) -> str:
+    """The same for the same setting, read from a file or made here; with a seed, for the same trial."""
     return repr((sorted(params.items(), key=lambda item: item[0]), seed))
 
 

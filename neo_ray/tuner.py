@@ -24,15 +24,16 @@ from neo_ray.config import SweepConfig
 from neo_ray.loading import plain
 from neo_ray.mirror import Mirror
 from neo_ray.parts import Sources
+from neo_ray.phases import Phase, trials_left
 from neo_ray.progress import Progress
 from neo_ray.records import Journal, TrialRecord, apply, write_records
 from neo_ray.schedulers import make_scheduler
-from neo_ray.searcher import StudySearch, open_study
+from neo_ray.searcher import StudySearch, frozen_trials, open_study
 from neo_ray.settings import TrialConfig
 from neo_ray.slot import NAMESPACE, SlotJob, SlotRunner
 from neo_ray.slots import Keeper
 from neo_ray.space import Space
-from neo_ray.trials import Setting, settings_to_run, trial_id
+from neo_ray.trials import trial_id
 
 SECONDS_TO_END = 60  # for slots to put their models away; Ray ends those that have not
 
@@ -43,7 +44,7 @@ class SweepFailed(RuntimeError):
 
 def run_trials(
     config: SweepConfig,
-    space: Space,
+    phases: tuple[Phase, ...],
     sources: Sources,
     records: list[TrialRecord],
     slots: int,
@@ -54,6 +55,7 @@ def run_trials(
     """Run what is still to be run of a sweep. Returns when all trials have ended; the journal holds what happened.
 
     Args:
+        phases: of the sweep; its slots stay from one to the next.
         records: what the journal holds so far.
         slots: how many there may be at once as the cluster is now.
         worker_bytes: what a worker of the largest trial takes, where known: for nodes that come later.
@@ -63,14 +65,13 @@ def run_trials(
         SweepFailed: workers die at once, again and again, or what happens cannot be written down.
         KeyboardInterrupt: as pressed; what ran is in the journal and in checkpoints.
     """
-    given, remaining = settings_to_run(config, space, records)
     name = f"board-{uuid.uuid4().hex[:8]}"
     board: Any = (
         ray.remote(Board)
         .options(name=name, namespace=NAMESPACE, num_cpus=0, resources=HEAD, max_concurrency=1000)
         .remote(config.resources.max_failures)
     )
-    recorder = _Recorder(config, space, records, board, progress, lost)
+    recorder = _Recorder(config, phases[0].space, records, board, progress, lost)
     results = config.results.resolve() if isinstance(config.results, Path) else config.results
     folder, silence_seconds = str(results), 60 * config.resources.silence_minutes
     alone, scratch = not config.resources.address, config.storage.scratch
@@ -84,14 +85,19 @@ def run_trials(
 
     keeper = Keeper(board, make, slots, look, progress.say)
     recorder.start()
-    keeper.begin(remaining)
+    keeper.begin(sum(trials_left(phases, records).values()))
     keeper.start()
     watchdog = threading.Thread(target=_watch, args=(keeper, recorder), daemon=True)
     watchdog.start()
     at_end = ExitStack()
     try:
-        _fit(config, space, records, given, remaining, name, keeper, recorder, at_end)
-        recorder.wait_until_all_ended()
+        for phase in phases:
+            if recorder.begin(phase):
+                at_end.close()
+                _fit(phase, phases, name, keeper, recorder, at_end)
+                recorder.wait_until_all_ended()
+            if recorder.spent or recorder.failed is not None:
+                break
     except KeyboardInterrupt:
         if recorder.failed is None:  # pressed, as opposed to the watchdog's
             if lost.is_set():
@@ -125,20 +131,14 @@ def _end(keeper: Keeper, recorder: _Recorder, board: Any) -> None:
     keeper.join(timeout=5)
 
 
-def _fit(
-    config: SweepConfig,
-    space: Space,
-    records: list[TrialRecord],
-    given: list[Setting],
-    remaining: int,
-    board: str,
-    keeper: Keeper,
-    recorder: _Recorder,
-    at_end: ExitStack,
-) -> None:
+def _fit(phase: Phase, phases: tuple[Phase, ...], board: str, keeper: Keeper, recorder: _Recorder, at_end: ExitStack) -> None:
+    """Run a phase: Tune's trials, until none is left or its budget is spent."""
+    config, space, records = phase.config, phase.space, list(recorder.records.values())
+    given, remaining = phase.to_run(records)
+    own, known = phase.own(records), phase.known(records)
     resumed = {record.id for record in records}
     numbers = iter(range(len(records) + sum(trial not in resumed for trial, _, _ in given), 10**6))
-    study = open_study(config, space, records)
+    study = open_study(config, space, known, len(own))
     search = StudySearch(
         config,
         space,
@@ -148,6 +148,7 @@ def _fit(
         on_start=recorder.started,
         may_begin=recorder.may_begin,
         room=lambda: keeper.room,
+        phase=phase,
     )
     tuner = tune.Tuner(
         tune.with_resources(Relay, HEAD),
@@ -156,7 +157,7 @@ def _fit(
             num_samples=remaining,
             max_concurrent_trials=remaining,  # the search gives out no more than the slots take
             search_alg=search,
-            scheduler=make_scheduler(config, records),
+            scheduler=make_scheduler(config, own),
             reuse_actors=True,
             trial_dirname_creator=lambda trial: f"{trial.config['trial']}-{trial.trial_id}",
         ),
@@ -167,7 +168,9 @@ def _fit(
             callbacks=[_TellBoard(board)],
         ),
     )
-    mirror = Mirror(config, study, recorder.progress.say)
+    seen = {record.id for record in known}
+    others = frozen_trials(config, space, [record for record in records if record.id not in seen])
+    mirror = Mirror(config, study, recorder.progress.say, others)
     mirror.start()
     at_end.callback(mirror.close)
     with warnings.catch_warnings():
@@ -250,9 +253,22 @@ class _Recorder(threading.Thread):
         self.open: set[str] = set()
         self.ending = self.closing = False
         self.failed: str | None = None
-        self.phase = (
-            "exploit" if config.sampler.name not in ("grid", "qmc", "random") or config.scheduler.name != "none" else "map"
-        )
+        self.phase, self.phase_begun, self.phase_hours, self.phase_spent = Phase(None, config, space), time.time(), 0.0, ""
+
+    def begin(self, phase: Phase) -> bool:
+        """The next phase: False where none of its trials is left, or its budget is spent."""
+        hours = hours_of(self.journal.events(), phase.tag)
+        records = list(self.records.values())
+        if phase.confirm is not None and not phase.to_run(records)[1] and not phase.own(records):
+            self.progress.say(f"phase {phase.name}: nothing to confirm, no trial is COMPLETE with {self.config.objective.metric}")
+        if phase.tag not in trials_left([phase], records, lambda _: hours):
+            return False
+        self.phase, self.phase_begun, self.phase_hours, self.phase_spent = phase, time.time(), hours, ""
+        if phase.name is not None:
+            self.journal.write(SESSION, "", phase=phase.name)
+            self.progress.phase = phase.name
+            self.progress.say(f"phase {phase.name}: {phase.to_run(records)[1]} trials")
+        return True
 
     def hours(self) -> float:
         """In which this sweep has run."""
@@ -261,11 +277,16 @@ class _Recorder(threading.Thread):
     def may_begin(self, trial: str | None) -> bool:
         """Is there budget for one trial more, or for this one if it was interrupted?"""
         with self.lock:
-            spent = exhausted(self.config.budget, self.records.values(), self.hours(), resuming=trial in self.records)
+            records, resuming = list(self.records.values()), trial in self.records
+            spent = exhausted(self.config.budget, records, self.hours(), resuming)
+            hours = self.phase_hours + (time.time() - self.phase_begun) / 3600
+            of_phase = self.phase.spent(records, hours, resuming)
         if spent and not self.spent:
             self.progress.say(f"the budget is spent ({spent}): no trial begins any more, those that run go to their end")
-        self.spent = spent or ""
-        return not spent
+        elif of_phase and not self.phase_spent and not spent:
+            self.progress.say(f"the budget of phase {self.phase.name} is spent ({of_phase}): none of its trials begins any more")
+        self.spent, self.phase_spent = spent or "", of_phase or ""
+        return not spent and not of_phase
 
     def started(self, trial: str, params: dict[str, Any], seed: int) -> None:
         """The searcher proposed a trial: it exists from now on. A resumed one begins another attempt."""
@@ -275,7 +296,7 @@ class _Recorder(threading.Thread):
             self._record("attempt", trial)
         else:
             factor = scaling(resolved.lora) if resolved.has_adapter else None
-            self._record("start", trial, params=params, config=plain(resolved), seed=seed, phase=self.phase, scaling=factor)
+            self._record("start", trial, params=params, config=plain(resolved), seed=seed, phase=self.phase.tag, scaling=factor)
 
     def run(self) -> None:
         seen = 0

@@ -59,7 +59,8 @@ def fields() -> Iterator[tuple[str, str, FieldInfo]]:
 def _inside(path: str, section: type[BaseModel]) -> Iterator[tuple[str, str, FieldInfo]]:
     yield from ((path, name, field) for name, field in section.model_fields.items())
     for name, field in section.model_fields.items():
-        if inner := section_of(field):
+        inner = section_of(field)
+        if inner and inner not in TOP:  # what a phase has as a sweep has it stands there
             yield from _inside(f"{path}.{name}", inner)
 
 
@@ -67,6 +68,10 @@ def section_of(field: FieldInfo) -> type[BaseModel] | None:
     """The section that a field holds, if it holds one."""
     options = (field.annotation, *get_args(field.annotation))
     return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel) and o is not Axis), None)
+
+
+TOP = {field.annotation: name for name, field in SweepConfig.model_fields.items() if section_of(field) is field.annotation}
+"""Section → where it stands in a sweep file."""
 
 
 def words_of(path: str, field: FieldInfo) -> str:
@@ -114,7 +119,8 @@ def rendered() -> str:
             last = section
         path = path_of(section, name)
         mark = " ◆" if path in leaves else ""
-        cells = (f"`{name}`{mark}", kind(field.annotation, field.metadata), default(field), words_of(path, field))
+        shown = f"as `{TOP[field.annotation]}`" if section and field.annotation in TOP else kind(field.annotation, field.metadata)
+        cells = (f"`{name}`{mark}", shown, default(field), words_of(path, field))
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines) + "\n\n"
 

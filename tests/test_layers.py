@@ -17,14 +17,15 @@ PACKAGE = Path(__file__).parent.parent / "neo_ray"
 
 ROOMS = {
     "facts": (
-        "__init__ account assets axes budget cautions config continuations environment estimate inventory loading memory "
-        "mistakes plan plan_text points records refusals settings shapes space staging storage supply trials uploads warm"
+        "__init__ account assets axes budget cautions config continuations environment estimate inventory loading "
+        "memory mistakes phases plan plan_text points records refusals searching settings shapes space staging storage "
+        "supply trials uploads warm "
     ),
     "training": (
         "adapters alignment answers batches benchmarks checkpoints chunked data devices filling harness heldout local losses "
         "merging models parts placement prepare pruning quickstart scaling sources stores student suites teaching train"
     ),
-    "analysis": "card effects evidence guidelines paired report startup statistics",
+    "analysis": "card confirmed effects evidence guidelines paired phase_text report startup statistics",
     "ray": "board builder cluster lease mirror progress schedulers searcher slot slots tuner",
     "doors": (
         "analyze bench bench_loss bench_pairs bench_reader bench_step bench_sweep bench_turns evaluate export ground "

@@ -1,0 +1,149 @@
+"""How is a space searched? Samplers, schedulers, budgets, objectives, and the phases of a study, as a sweep file states them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from neo_ray.settings import Section
+
+
+class SamplerConfig(Section):
+    name: Literal["tpe", "gp", "cmaes", "nsga2", "random", "qmc", "grid"] = "tpe"
+    """How settings are proposed. `grid` runs every combination once and needs finite axes; `cmaes` searches ranges alone (the
+    package cmaes), and draws the rest at random."""
+    num_trials: int | None = Field(None, ge=1)
+    """Number of trials; for `grid` at most this many of the combinations (null: all)."""
+    startup_trials: int = Field(8, ge=1)
+    """Random trials before `tpe`, `gp` or `cmaes` begin to model; the size of a generation of `nsga2`."""
+    seeds: tuple[int, ...] = ()
+    """Repeat every setting with each of these seeds (grid only)."""
+    warm_start: tuple[str, ...] = ()
+    """Results folders of earlier sweeps: what `tpe`, `gp`, `cmaes` and `nsga2` already know. They count as no trials of this one,
+    and those that are outside its space or have other settings are left out."""
+    warm_start_anyway: bool = False
+    """Take them also of other models, data or settings."""
+
+
+class SchedulerConfig(Section):
+    name: Literal["asha", "hyperband", "median", "none"] = "asha"
+    """`asha` stops the worse trials early; `hyperband` too, and spares a part of them until later rungs; `median` stops at any
+    evaluation what is worse than the median of the others; `none` runs all to the end (what laws are fitted on)."""
+    grace: float = Field(0.25, gt=0, le=1)
+    """Share of a trial's tokens before which none is stopped."""
+    reduction_factor: float = Field(3, gt=1)
+    """At each rung about 1 / reduction_factor of the trials go on (not `median`)."""
+
+    def rungs(self, points: int) -> tuple[int, ...]:
+        """Evaluations (from 1) at which trials are stopped: the first after `grace`, then each `reduction_factor` times later;
+        with `median` each from there on.
+
+        The last evaluation is none: a trial that reached it is complete.
+        """
+        found, rung = [], max(1, math.ceil(self.grace * points - 1e-9))
+        while self.name != "none" and rung < points:
+            found.append(rung)
+            rung = rung + 1 if self.name == "median" else math.ceil(rung * self.reduction_factor - 1e-9)
+        return tuple(found)
+
+
+class BudgetConfig(Section):
+    """What a sweep may spend, over all its runs. Where one ends, no trial begins any more; those that run go to their end."""
+
+    trials: int | None = Field(None, ge=1)
+    """Trials begun, in all."""
+    tokens: int | None = Field(None, ge=1)
+    """Training tokens of all trials, counted at each evaluation."""
+    accelerator_hours: float | None = Field(None, gt=0)
+    """Hours of training and evaluation × devices of a trial, counted at each evaluation."""
+    hours: float | None = Field(None, gt=0)
+    """Wall-clock hours in which the sweep ran trials."""
+
+
+class ObjectiveConfig(Section):
+    metric: Literal["select_ce", "select_bits_per_byte", "select_kl"] = "select_ce"
+    """What trials are ranked by, on the select split. Never the training loss: kd_ratio and temperature change that."""
+    mode: Literal["min", "max"] = "min"
+
+
+class MapSampler(SamplerConfig):
+    name: Literal["grid", "qmc", "random"] = "grid"
+    """Those that do not go by what was found: a law that is fitted on trials of the others is biased."""
+
+
+class WholePhase(Section):
+    """A phase whose trials all run to their end."""
+
+    scheduler: SchedulerConfig = SchedulerConfig(name="none")
+    """`none` alone: every trial runs to its end."""
+    budget: BudgetConfig = BudgetConfig()
+    """What this phase may spend, within the sweep's own budget; where it ends, the next phase begins."""
+
+    @field_validator("scheduler")
+    @classmethod
+    def _none(cls, scheduler: SchedulerConfig) -> SchedulerConfig:
+        if scheduler.name != "none":
+            raise ValueError(
+                f"name: {scheduler.name} stops trials, and those of this phase must all run to their end; allowed: none"
+            )
+        return scheduler
+
+
+class NoisePhase(WholePhase):
+    points: tuple[dict[str, Any], ...] = ()
+    """Settings to repeat, each axis → value as in the sweep's `points`. None: those, else the file's own values, where they are
+    in the space, and the middle of the space."""
+    seeds: tuple[int, ...] = Field((1, 2, 3), min_length=2)
+    """Each setting runs once with each."""
+
+
+class MapPhase(WholePhase):
+    sampler: MapSampler = MapSampler()
+    """A grid, with its `seeds`, or evenly spread points."""
+    levels: dict[str, tuple[Any, ...]] = Field(default={})
+    """Axis → the values that a grid has of it, where the axis is a range, or fewer than all of a list."""
+
+
+class ExploitPhase(Section):
+    sampler: SamplerConfig = SamplerConfig()
+    """It begins with the trials of the phases before."""
+    scheduler: SchedulerConfig = SchedulerConfig()
+    """It begins anew: trials of other phases stop none of these."""
+    seed: int | None = Field(None, ge=0)
+    """Of its trials; null: the sweep's `seed`."""
+    budget: BudgetConfig = BudgetConfig()
+    """As of any phase."""
+
+
+class ConfirmPhase(WholePhase):
+    top: int = Field(3, ge=1)
+    """How many settings of the phases before run again: the best by their mean over seeds."""
+    seeds: tuple[int, ...] = Field((101, 102, 103), min_length=2)
+    """Each setting, and the reference, runs once with each: seeds that no trial before has had."""
+    reference: dict[str, Any] = Field(default={})
+    """The setting that the best are held against, axis → value; what it leaves out is the file's own value. It may lie outside of
+    the space."""
+
+
+class PhasesConfig(Section):
+    """Parts of one study, in this order, on the same trials; one that is left out (or null) does not run."""
+
+    noise: NoisePhase | None = None
+    """A few settings with several seeds each: how far apart runs are by the seed alone."""
+    map: MapPhase | None = None
+    """The space evenly, to the end of each trial: what laws are fitted on."""
+    exploit: ExploitPhase | None = None
+    """A sampler looks for the best setting, with early stopping."""
+    confirm: ConfirmPhase | None = None
+    """The best settings and the reference, with fresh seeds: what the recommendation comes from."""
+
+    @model_validator(mode="after")
+    def _some(self) -> PhasesConfig:
+        others = self.noise or self.map or self.exploit
+        if self.confirm and not others:
+            raise ValueError("confirm takes the best settings of earlier phases; add noise, map or exploit")
+        if not others:
+            raise ValueError("name at least one of noise, map, exploit (confirm follows them); null takes `phases` away")
+        return self
