@@ -66,7 +66,7 @@ def analyse(path: str | Path) -> Analysis:
     Raises:
         ValueError: there is no record.
     """
-    from neo_ray.evidence import gather
+    from neo_ray.evidence import for_laws, gather
     from neo_ray.guidelines import guidelines_of
     from neo_ray.report import Analysis
     from neo_ray.statistics import rank_by_learning_rate
@@ -80,7 +80,7 @@ def analyse(path: str | Path) -> Analysis:
         folder=folder,
         evidence=evidence,
         guidelines=tuple(guidelines_of(evidence)),
-        matrix=rank_by_learning_rate(evidence.frame, evidence.metric, evidence.mode),
+        matrix=rank_by_learning_rate(for_laws(evidence).frame, evidence.metric, evidence.mode),
         notes=(*notes, *_notes(evidence), *_teacher(folder, records)),
     )
 
@@ -112,10 +112,13 @@ def guidelines_json(analysis: Analysis) -> str:
     """`guidelines.json`, schema version 1.
 
     schema_version; generated_from: folder, sweep, metric, mode, number of trials by state; noise: standard deviation of a run
-    with its interval, or null; best: trial, value, params, margin; guidelines: a list of `Guideline`, fields as documented
-    there. What is not known is null; a NaN is never written.
+    with its interval, or null; best: trial, value, params, margin; confirmed: `Confirmed`, where there is one;
+    guidelines: a list of `Guideline`, fields as documented there. What is not known is null; a NaN is never written.
     """
+    from neo_ray.confirmed import confirmed
+
     evidence, best = analysis.evidence, analysis.best
+    fresh = confirmed(evidence.records, evidence.sweep, evidence.metric, evidence.mode)
     data = {
         "schema_version": SCHEMA_VERSION,
         "generated_from": {
@@ -127,6 +130,7 @@ def guidelines_json(analysis: Analysis) -> str:
         },
         "noise": asdict(evidence.noise) if evidence.noise else None,
         "best": {**asdict(evidence.best), "params": best.params} if evidence.best and best else None,
+        **({"confirmed": asdict(fresh)} if fresh else {}),
         "notes": analysis.notes,
         "guidelines": [asdict(guideline) for guideline in analysis.guidelines],
     }
@@ -138,6 +142,7 @@ def show(analysis: Analysis, console: Console) -> None:
     from rich.padding import Padding
     from rich.text import Text
 
+    from neo_ray.phase_text import confirmed_lines, phase_lines
     from neo_ray.report import LEGEND, best_lines, evidence_line, noise_line, render_table, trials_table
 
     evidence = analysis.evidence
@@ -145,7 +150,9 @@ def show(analysis: Analysis, console: Console) -> None:
     render_table(columns, rows[:MAX_ROWS], console)
     more = f"{len(rows) - MAX_ROWS} more trials are in report.md. " if len(rows) > MAX_ROWS else ""
     console.print(Text(f"{more}{LEGEND}.", style="dim"))
+    _section(console, "Phases", phase_lines(evidence))
     _section(console, "Best setting", best_lines(analysis))
+    _section(console, "Confirmed", confirmed_lines(evidence))
     console.print(Text("\nGuidelines" if analysis.guidelines else "", style="bold"))
     styles = {"supported": "green", "refuted": "red", "undecided": "yellow"}
     for guideline in analysis.guidelines:
@@ -160,7 +167,8 @@ def show(analysis: Analysis, console: Console) -> None:
 def _section(console: Console, title: str, lines: Sequence[str]) -> None:
     from rich.text import Text
 
-    console.print(Text(f"\n{title}", style="bold"))
+    if lines:
+        console.print(Text(f"\n{title}", style="bold"))
     for line in lines:
         console.print(Text(line))
 

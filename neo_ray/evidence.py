@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
 
 from neo_ray.config import SweepConfig
+from neo_ray.confirmed import samplers_of, unchosen, with_all_seeds
 from neo_ray.records import TrialRecord
 from neo_ray.settings import ConfigError
 from neo_ray.space import Space, build_space
@@ -76,9 +77,16 @@ def gather(records: Sequence[TrialRecord], sweep: SweepConfig | None) -> Evidenc
     tested = {axis: _tested(frame, axis, space) for axis in axes if is_numeric(frame, axis)}
     spread = noise(frame, varied, metric)
     ends = {axis: (values[0], values[-1]) for axis, values in tested.items()}
-    best = best_setting(frame, metric, mode, varied, ends, spread)
+    fresh = {record.id for runs in with_all_seeds(records, metric).values() for record in runs}
+    best = best_setting(frame[frame["id"].isin(fresh)] if fresh else frame, metric, mode, varied, ends, spread)
     scope = _scope(records, sweep, frame, metric, axes, space)
     return Evidence(tuple(records), sweep, frame, metric, mode, axes, moving, varied, tested, spread, best, scope)
+
+
+def for_laws(evidence: Evidence) -> Evidence:
+    """The evidence without the trials that a sampler chose, where there is a map: they would bias a law."""
+    frame = unchosen(evidence.records, evidence.frame)
+    return replace(evidence, frame=frame, records=tuple(r for r in evidence.records if r.id in set(frame["id"])))
 
 
 def with_leaves(evidence: Evidence) -> tuple[pd.DataFrame, tuple[str, ...]]:
@@ -142,7 +150,7 @@ def _scope(
     axes: tuple[str, ...],
     space: Space | None,
 ) -> Scope:
-    tokens = complete(frame, metric)["tokens"]
+    tokens, samplers = complete(frame, metric)["tokens"], samplers_of(sweep) if sweep else {}
     student = sweep.student.model if sweep else None
     if sweep and sweep.student.prune:
         student = f"the teacher pruned to {sweep.student.prune.num_layers} layers"
@@ -153,7 +161,7 @@ def _scope(
         tokens=(int(tokens.min()), int(tokens.max())) if len(tokens) else None,
         alpha_rule=_alpha_rule(records),
         tested={axis: _range_text(frame, axis, space) for axis in axes},
-        sampler=sweep.sampler.name if sweep else None,
+        sampler=samplers.get("map") or samplers.get("exploit") or samplers.get(""),
     )
 
 

@@ -18,7 +18,7 @@ from scipy import stats
 from neo_ray.axes import number_type
 from neo_ray.config import SweepConfig
 from neo_ray.effects import AxisEffect, axis_effect, shortage
-from neo_ray.evidence import Evidence, Scope, gather, number, with_leaves
+from neo_ray.evidence import Evidence, Scope, for_laws, gather, number, with_leaves
 from neo_ray.records import TrialRecord
 from neo_ray.settings import TrialConfig, trial_leaves
 from neo_ray.statistics import CONFIDENCE, column, compare, complete, edge_of, gains_of, is_log, is_numeric, setting_of
@@ -82,9 +82,10 @@ def derive(records: Sequence[TrialRecord], sweep: SweepConfig | None) -> list[Gu
 def guidelines_of(evidence: Evidence) -> list[Guideline]:
     if evidence.best is None:
         return []
-    effects = {axis: axis_effect(evidence.frame, axis, evidence.metric, evidence.mode, evidence.axes) for axis in evidence.axes}
-    drafts = [_axis_draft(evidence, axis, effect) for axis, effect in effects.items()]
-    decided = _decide(evidence, [*drafts, *_comparisons(evidence), *_references(evidence)])
+    laws = for_laws(evidence)
+    effects = {axis: axis_effect(laws.frame, axis, laws.metric, laws.mode, laws.axes) for axis in laws.axes}
+    drafts = [_axis_draft(laws, axis, effect) for axis, effect in effects.items()]
+    decided = _decide(evidence, [*drafts, *_comparisons(laws), *_references(evidence)])
     by_axis = {axis: (effect, guideline) for (axis, effect), guideline in zip(effects.items(), decided, strict=False)}
     decided += [edge for axis in evidence.tested for edge in _extensions(evidence, axis, *by_axis[axis])]
     order = {"supported": 0, "refuted": 1, "undecided": 2}

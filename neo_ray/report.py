@@ -13,6 +13,7 @@ from neo_ray.config import SweepConfig
 from neo_ray.evidence import Evidence, number
 from neo_ray.guidelines import Guideline, unit_of
 from neo_ray.loading import dump, plain, validate
+from neo_ray.phase_text import confirmed_lines, how_line, phase_lines
 from neo_ray.records import TrialRecord
 from neo_ray.space import build_space
 from neo_ray.statistics import Cell, Matrix
@@ -63,8 +64,9 @@ def trials_table(
     names = dict.fromkeys(name for record in records for name in record.params)
     shown = [n for n in names if len(records) == 1 or len({repr(r.params.get(n)) for r in records}) > 1]
     seeds = "seed" not in names and len({r.seed for r in records}) > 1
-    columns = ("trial", "state", *shown, *(("seed",) if seeds else ()), *MEASURED, "tokens", "seconds", "peak GB")
-    return columns, [_trial_row(r, shown, seeds) for r in ranked(records, metric, mode)]
+    phases = ("phase",) if len({r.phase for r in records}) > 1 else ()
+    columns = ("trial", "state", *phases, *shown, *(("seed",) if seeds else ()), *MEASURED, "tokens", "seconds", "peak GB")
+    return columns, [_trial_row(r, shown, seeds, bool(phases)) for r in ranked(records, metric, mode)]
 
 
 def ranked(records: Sequence[TrialRecord], metric: str, mode: str) -> list[TrialRecord]:
@@ -148,7 +150,7 @@ def scope_lines(analysis: Analysis) -> list[str]:
     if scope.tokens:
         lines.append("training tokens of a COMPLETE trial: {}".format(" to ".join(f"{n:,}" for n in sorted(set(scope.tokens)))))
     if sweep:
-        lines.append(f"method: {sweep.method}; sampler: {sweep.sampler.name}; scheduler: {sweep.scheduler.name}")
+        lines.append(f"method: {sweep.method}; {how_line(sweep)}")
     direction = "higher" if evidence.mode == "max" else "lower"
     return [*lines, f"ranked by: {evidence.metric}, {unit_of(evidence.metric)}, {direction} is better"]
 
@@ -161,7 +163,9 @@ def markdown(analysis: Analysis) -> str:
         title,
         _bullets(analysis.notes),
         "## What was swept\n\n" + _bullets(scope_lines(analysis)),
+        _section("Phases", phase_lines(evidence)),
         "## Best setting\n\n" + _bullets(best_lines(analysis)),
+        _section("Confirmed", confirmed_lines(evidence)),
         _guidelines_section(analysis.guidelines),
         _matrix_section(analysis.matrix),
         _curves_section(evidence),
@@ -179,9 +183,11 @@ def best_yaml(sweep: SweepConfig, record: TrialRecord) -> str:
         ConfigError: the record's config or parameters do not fit the schema.
     """
     trial = record.config or {**plain(build_space(sweep).trial_config(record.params, sweep.trial)), "seed": record.seed}
-    changed = {
+    changed: dict[str, Any] = {
         "name": f"{sweep.name}-best",
         "search": {},
+        "points": [],
+        "phases": None,
         "sampler": {"name": "grid", "num_trials": 1},
         "scheduler": {"name": "none"},
     }
@@ -192,11 +198,12 @@ def best_yaml(sweep: SweepConfig, record: TrialRecord) -> str:
     return "".join(f"# {' '.join(line.split())}\n" for line in header) + "\n" + dump(config)
 
 
-def _trial_row(record: TrialRecord, shown: Sequence[str], seeds: bool) -> tuple[str, ...]:
+def _trial_row(record: TrialRecord, shown: Sequence[str], seeds: bool, phases: bool) -> tuple[str, ...]:
     cause = f": {record.cause or 'unknown cause'}".replace("_", " ") if record.state == "FAILED" else ""
     return (
         record.id,
         record.state + cause,
+        *((record.phase,) if phases else ()),
         *(number(record.params.get(name), 3) for name in shown),
         *((str(record.seed),) if seeds else ()),
         *(_metric(record.metrics.get(name)) for name in MEASURED.values()),
@@ -235,6 +242,10 @@ def _fitting(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) 
         if room >= len(kept) - 1:
             break
     return kept, 2 if room >= 2 * (len(kept) - 1) else 1
+
+
+def _section(title: str, lines: Sequence[str]) -> str:
+    return f"## {title}\n\n" + _bullets(lines) if lines else ""
 
 
 def _guidelines_section(guidelines: Sequence[Guideline]) -> str:

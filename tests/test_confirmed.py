@@ -1,0 +1,133 @@
+"""Does each claim come from the phase that can carry it? On made-up studies whose truth is planted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from planted import sweep, trial
+
+from neo_ray.analyze import analyse, guidelines_json
+from neo_ray.confirmed import confirmed, paired, with_all_seeds
+from neo_ray.evidence import gather
+from neo_ray.guidelines import derive
+from neo_ray.loading import dump
+from neo_ray.phase_text import confirmed_lines, phase_lines
+from neo_ray.records import TrialRecord, write_records
+from neo_ray.report import best_yaml, markdown, trials_table
+
+SEARCH = {"rank": {"choice": [4, 16, 64]}, "learning_rate": {"choice": [2e-4, 1e-3, 5e-3]}}
+PHASES: dict[str, Any] = {"map": {}, "exploit": {}, "confirm": {"top": 2, "seeds": [11, 12, 13]}}
+REFERENCE = {"rank": 64, "learning_rate": 2e-4}
+GOOD = {"rank": 16, "learning_rate": 1e-3}
+LUCKY = {"rank": 4, "learning_rate": 5e-3}
+STUDY = sweep(search=SEARCH, phases=PHASES, sampler={})
+
+
+def run(number: int, params: dict[str, Any], phase: str, seed: int, select: float, report: float, **fields: Any) -> TrialRecord:
+    metrics = {"select_ce": select, "report_ce": report}
+    return trial(f"{number:04d}", params, select, phase=phase, seed=seed, metrics=metrics, **fields)
+
+
+def records(gain: float = 0.05) -> list[TrialRecord]:
+    """LUCKY looks best in the map; with fresh seeds GOOD is `gain` better than the reference on the report split."""
+    rng = np.random.default_rng(3)
+    found = [run(0, LUCKY, "map", 0, 3.0, 3.0), run(1, GOOD, "map", 0, 4.0, 4.0), run(2, REFERENCE, "map", 0, 4.5, 4.5)]
+    for seed, common in zip((11, 12, 13), rng.normal(0, 0.3, 3), strict=True):  # what all runs with one seed share
+        for params, level in ((REFERENCE, 4.5), (LUCKY, 4.6), (GOOD, 4.5 - gain)):
+            noise = rng.normal(0, 0.002)
+            found.append(run(len(found), params, "confirm", seed, level + common + noise, level + common - noise))
+    return found
+
+
+def test_the_best_is_the_confirmed_one_and_its_gain_is_taken_seed_by_seed() -> None:
+    found = confirmed(records(), STUDY, "select_ce", "min")
+    assert found is not None and found.params == GOOD and found.seeds == (11, 12, 13) and found.num_settings == 3
+    assert found.metric == "report_ce" and not found.is_reference
+    assert found.gain == pytest.approx(0.05, abs=0.01), "though runs differ by 0.3 from seed to seed"
+    assert found.interval is not None and 0.02 < found.interval[0] < 0.05 < found.interval[1] < 0.08
+    evidence = gather(records(), STUDY)
+    assert evidence.best is not None and (evidence.best.id, evidence.best.num_seeds) in {(i, 3) for i in found.trials}
+    assert "settles it" in confirmed_lines(evidence)[1] and "does not settle" not in confirmed_lines(evidence)[1]
+    assert "does not settle it" in confirmed_lines(gather(records(0.001), STUDY))[1]
+
+
+def test_the_interval_is_that_of_the_paired_t() -> None:
+    from scipy import stats
+
+    differences = [0.1, 0.2, 0.4, 0.3]
+    mean, interval = paired(differences)
+    assert mean == pytest.approx(0.25)
+    assert interval == pytest.approx(tuple(stats.ttest_1samp(differences, 0).confidence_interval(0.95)))
+    assert paired(differences, 3)[1][0] < interval[0]
+
+
+def test_only_settings_with_all_seeds_are_held_against_each_other() -> None:
+    whole = records()
+    part = [r for r in whole if not (r.params == GOOD and r.seed == 13)]
+    assert {json.dumps(runs[0].params) for runs in with_all_seeds(part, "select_ce").values()} == {
+        json.dumps(REFERENCE),
+        json.dumps(LUCKY),
+    }
+    assert with_all_seeds([r for r in whole if r.seed in (0, 11)], "select_ce") == {}, "one seed confirms nothing"
+    assert confirmed(whole[:3], STUDY, "select_ce", "min") is None
+    assert gather(whole[:3], STUDY).best.id == "0000"  # type: ignore[union-attr]
+    unknown = confirmed(whole, None, "select_ce", "min")
+    assert unknown is not None and unknown.gain is None, "which setting is the reference stands in the sweep file"
+
+
+def test_a_reference_that_is_best_is_said_to_be() -> None:
+    found = gather(records(-0.5), STUDY)
+    assert confirmed_lines(found)[0].startswith(
+        "Of 3 settings that ran again with 3 fresh seeds (11, 12, 13), the best is rank 64"
+    )
+    assert "the reference itself" in confirmed_lines(found)[0] and len(confirmed_lines(found)) == 1
+
+
+def test_laws_come_from_the_map_and_not_from_what_a_sampler_chose() -> None:
+    """The map says that rank does nothing; the sampler has gathered good trials at rank 64 alone."""
+    ranks, rates = (4, 16, 64), (2e-4, 1e-3, 5e-3)
+    rng = np.random.default_rng(0)
+    mapped = [
+        run(i, {"rank": rank, "learning_rate": rate}, "map", seed, value, value)
+        for i, (rank, rate, seed) in enumerate((r, x, s) for r in ranks for x in rates for s in (0, 1))
+        for value in [4.5 + 0.01 * float(rng.standard_normal())]
+    ]
+    chosen = [run(100 + i, {"rank": 64, "learning_rate": rates[i % 3]}, "exploit", 0, 3.9, 3.9) for i in range(12)]
+    (law,) = [g for g in derive([*mapped, *chosen], STUDY) if g.hypothesis == "select_ce depends on rank"]
+    assert law.verdict == "undecided" and set(law.trials) == {r.id for r in mapped}
+    renamed = [r.model_copy(update={"phase": "explore"}) for r in [*mapped, *chosen]]
+    (biased,) = [g for g in derive(renamed, None) if g.hypothesis == "select_ce depends on rank"]
+    assert biased.effect is not None and biased.effect > 10 * abs(law.effect or 0.0), "what the phases keep apart"
+    lines = phase_lines(gather([*mapped, *chosen], STUDY))
+    assert lines[:2] == ["map: 18 trials (18 COMPLETE)", "exploit: 12 trials (12 COMPLETE)"]
+    assert lines[2] == "effects of axes come from map; scores chose the settings of exploit"
+    assert phase_lines(gather(mapped, STUDY)) == []
+
+
+def test_the_report_shows_phases_and_what_was_confirmed(tmp_path: Path) -> None:
+    write_records(tmp_path, records())
+    (tmp_path / "sweep.yaml").write_text(dump(STUDY))
+    analysis = analyse(tmp_path)
+    text = markdown(analysis)
+    assert "## Phases" in text and "## Confirmed" in text and "- map: 3 trials" in text
+    columns, rows = trials_table(records())
+    assert columns[:3] == ("trial", "state", "phase") and {row[2] for row in rows} == {"map", "confirm"}
+    assert "phase" not in trials_table(records()[:3])[0]
+    data = json.loads(guidelines_json(analysis))
+    assert data["confirmed"]["params"] == GOOD and data["best"]["params"] == GOOD
+    plain = [r.model_copy(update={"phase": "map"}) for r in records()]
+    write_records(tmp_path, plain)
+    assert "## Confirmed" not in markdown(analyse(tmp_path)) and "## Phases" not in markdown(analyse(tmp_path))
+
+
+def test_the_winners_own_file_is_a_sweep_of_one_trial(tmp_path: Path) -> None:
+    from neo_ray.loading import load
+    from neo_ray.phases import phases_of
+
+    (tmp_path / "best.yaml").write_text(best_yaml(STUDY, records()[1]))
+    (phase,) = phases_of(load(tmp_path / "best.yaml"))
+    assert phase.most() == 1 and phase.name is None
