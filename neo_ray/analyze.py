@@ -113,11 +113,14 @@ def guidelines_json(analysis: Analysis) -> str:
 
     schema_version; generated_from: folder, sweep, metric, mode, number of trials by state; noise: standard deviation of a run
     with its interval, or null; best: trial, value, params, margin; confirmed: `Confirmed`, where there is one;
-    guidelines: a list of `Guideline`, fields as documented there. What is not known is null; a NaN is never written.
+    front: a list of `Member`, where there are several objectives; guidelines: a list of `Guideline`, fields as documented
+    there. What is not known is null; a NaN is never written.
     """
     from neo_ray.confirmed import confirmed
+    from neo_ray.pareto import front_of
 
     evidence, best = analysis.evidence, analysis.best
+    several = evidence.sweep.objective if evidence.sweep and evidence.sweep.objective.further else None
     fresh = confirmed(evidence.records, evidence.sweep, evidence.metric, evidence.mode)
     data = {
         "schema_version": SCHEMA_VERSION,
@@ -131,6 +134,7 @@ def guidelines_json(analysis: Analysis) -> str:
         "noise": asdict(evidence.noise) if evidence.noise else None,
         "best": {**asdict(evidence.best), "params": best.params} if evidence.best and best else None,
         **({"confirmed": asdict(fresh)} if fresh else {}),
+        **({"front": [asdict(member) for member in front_of(evidence.records, several)[0]]} if several else {}),
         "notes": analysis.notes,
         "guidelines": [asdict(guideline) for guideline in analysis.guidelines],
     }
@@ -142,6 +146,7 @@ def show(analysis: Analysis, console: Console) -> None:
     from rich.padding import Padding
     from rich.text import Text
 
+    from neo_ray.pareto import front_lines
     from neo_ray.phase_text import confirmed_lines, phase_lines
     from neo_ray.report import LEGEND, best_lines, evidence_line, noise_line, render_table, trials_table
 
@@ -153,6 +158,7 @@ def show(analysis: Analysis, console: Console) -> None:
     _section(console, "Phases", phase_lines(evidence))
     _section(console, "Best setting", best_lines(analysis))
     _section(console, "Confirmed", confirmed_lines(evidence))
+    _section(console, "Pareto front", front_lines(evidence))
     console.print(Text("\nGuidelines" if analysis.guidelines else "", style="bold"))
     styles = {"supported": "green", "refuted": "red", "undecided": "yellow"}
     for guideline in analysis.guidelines:

@@ -159,8 +159,11 @@ def _scheduler(config: SweepConfig) -> Iterator[str]:
 
 
 def _objective(config: SweepConfig, space: Space) -> Iterator[str]:
-    if config.objective.mode == "max":
-        yield f"objective.mode: max looks for the worst trial; a lower {config.objective.metric} is better"
+    for objective in config.objective.all:
+        if objective.mode == "max":
+            yield f"objective.mode: max looks for the worst trial; a lower {objective.metric} is better"
+        if objective.metric == "peak_memory_bytes" and not config.resources.gpus_per_worker:
+            yield "objective: peak_memory_bytes of a CPU worker is that of its process, to which trials before have added"
 
 
 def _training(config: SweepConfig, space: Space) -> Iterator[str]:

@@ -298,7 +298,7 @@ class SweepConfig(TrialConfig):
             raise ValueError("student.prune drops layers of the teacher, and there is no `teacher` section")
         if self.has_teacher and self.teacher is None:
             raise ValueError(f"method: {self.method} needs a `teacher` section (without one: lora, sft)")
-        if self.objective.metric == "select_kl" and self.teacher is None:
+        if any(objective.metric == "select_kl" for objective in self.objective.all) and self.teacher is None:
             raise ValueError("objective.metric: select_kl is measured against a teacher, and there is no `teacher` section")
         return self
 

@@ -25,6 +25,7 @@ def render(plan: Plan) -> str:
         ("fixed", fixed_settings(config, plan.space) or ["all other settings have their defaults"]),
         ("space", plan.space.describe() or ["one setting"]),
         *_phases(plan),
+        ("objectives", _objectives(config)),
         ("at once", [plan.concurrency]),
         ("tokens", [_tokens_text(plan), *_price(plan)]),
         ("budget", _budget(config)),
@@ -142,6 +143,12 @@ def _price(plan: Plan) -> list[str]:
     if plan.tokens_of_all is None:
         return []
     return [f"at most {plan.tokens_of_all:,} in all trials; their time is known once the first have finished"]
+
+
+def _objectives(config: SweepConfig) -> list[str]:
+    """Where there are several."""
+    named = [f"{'highest' if objective.mode == 'max' else 'lowest'} {objective.metric}" for objective in config.objective.all]
+    return [f"{', '.join(named)}; the first ranks"] if len(named) > 1 else []
 
 
 def _budget(config: SweepConfig) -> list[str]:

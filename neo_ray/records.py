@@ -30,6 +30,10 @@ REOPENED: dict[str, Any] = {"state": "RUNNING", "cause": None, "error": None, "e
 """What another attempt makes of a trial that had ended."""
 
 
+COSTS = ("tokens", "seconds", "accelerator_seconds", "peak_memory_bytes")
+"""What a trial took, of a record's own fields."""
+
+
 class Stop(IntEnum):
     """What a trial is asked to do between two steps."""
 
@@ -86,6 +90,11 @@ class TrialRecord(BaseModel):
     @property
     def finished(self) -> bool:
         return self.state != "RUNNING"
+
+    def measured(self, name: str) -> float | None:
+        """A metric or a cost; None where it is not known or not a number."""
+        value = (getattr(self, name) or None) if name in COSTS else self.metrics.get(name)
+        return value if value is not None and math.isfinite(value) else None
 
 
 class Journal:
@@ -163,7 +172,7 @@ def apply(records: dict[str, TrialRecord], event: dict[str, Any]) -> None:
         record.ended = event["time"]
         record.metrics.update(event.get("metrics") or {})
         record.details.update(event.get("details") or {})
-        for name in ("tokens", "steps", "seconds", "accelerator_seconds", "peak_memory_bytes"):
+        for name in ("steps", *COSTS):
             if event.get(name) is not None:
                 setattr(record, name, max(getattr(record, name), event[name]))
 

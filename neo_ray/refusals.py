@@ -76,6 +76,20 @@ def _quantization(config: SweepConfig, trial: TrialConfig) -> Iterator[str]:
         yield f"{where} leaves no plain weights of {whole[0]!r} for lora.modules_to_save; with it: norms, embeddings, the head"
 
 
+def check_objectives(config: SweepConfig) -> None:
+    """What cannot look for several things at once. Raises ConfigError."""
+    number = len(config.objective.all)
+    if number > 1 and config.sampler.name == "cmaes":
+        raise ConfigError(
+            f"sampler.name: cmaes has one objective, and there are {number}; with several: nsga2, tpe, gp, random, qmc, grid"
+        )
+    if number > 1 and config.scheduler.name != "none":
+        raise ConfigError(
+            f"scheduler.name: {config.scheduler.name} stops trials by the first objective alone, and with them those that are "
+            f"best in the other {number - 1}; with several objectives: none"
+        )
+
+
 def check_installed(config: SweepConfig) -> None:
     """What a sweep needs where it runs; its records are read anywhere. Raises ConfigError."""
     exploit = config.phases.exploit if config.phases else None

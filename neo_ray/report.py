@@ -13,6 +13,7 @@ from neo_ray.config import SweepConfig
 from neo_ray.evidence import Evidence, number
 from neo_ray.guidelines import Guideline, unit_of
 from neo_ray.loading import dump, plain, validate
+from neo_ray.pareto import front_lines
 from neo_ray.phase_text import confirmed_lines, how_line, phase_lines
 from neo_ray.records import TrialRecord
 from neo_ray.space import build_space
@@ -166,6 +167,7 @@ def markdown(analysis: Analysis) -> str:
         _section("Phases", phase_lines(evidence)),
         "## Best setting\n\n" + _bullets(best_lines(analysis)),
         _section("Confirmed", confirmed_lines(evidence)),
+        _section("Pareto front", front_lines(evidence)),
         _guidelines_section(analysis.guidelines),
         _matrix_section(analysis.matrix),
         _curves_section(evidence),

@@ -86,7 +86,7 @@ class StudySearch(OptunaSearch):
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         value = result.get(self.config.objective.metric)
-        if value is not None and math.isfinite(value):
+        if value is not None and math.isfinite(value) and not self.config.objective.further:  # Optuna takes curves of one
             self._ot_trials[trial_id].report(value, int(result["rung"]))
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -94,9 +94,9 @@ class StudySearch(OptunaSearch):
             return
         self._completed_trials.add(trial_id)
         result = result or {}
-        state, value = result.get("state", "PRUNED"), result.get(self.config.objective.metric)
-        told = study_state("FAILED" if error else state, result.get("cause"), value)
-        self.study.tell(self._ot_trials[trial_id], value if told == optuna.trial.TrialState.COMPLETE else None, state=told)
+        values: list[Any] = [result.get(objective.metric) for objective in self.config.objective.all]
+        told = study_state("FAILED" if error else result.get("state", "PRUNED"), result.get("cause"), values)
+        self.study.tell(self._ot_trials[trial_id], values if told == optuna.trial.TrialState.COMPLETE else None, state=told)
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its searcher into snapshots that nothing reads: the study and the journal stay here."""
@@ -107,11 +107,11 @@ class StudySearch(OptunaSearch):
         Path(checkpoint_path).write_text("")
 
 
-def study_state(state: str, cause: str | None, value: float | None) -> optuna.trial.TrialState:
-    """Optuna's word for a trial's end."""
-    if state == "COMPLETE" and value is not None and math.isfinite(value):
+def study_state(state: str, cause: str | None, values: list[float | None]) -> optuna.trial.TrialState:
+    """Optuna's word for a trial's end. Of several objectives it has none for a trial that did not reach it."""
+    if state == "COMPLETE" and all(value is not None and math.isfinite(value) for value in values):
         return optuna.trial.TrialState.COMPLETE
-    if state == "FAILED" and cause != "diverged":
+    if len(values) > 1 or (state == "FAILED" and cause != "diverged"):
         return optuna.trial.TrialState.FAIL
     return optuna.trial.TrialState.PRUNED
 
@@ -123,12 +123,13 @@ def open_study(config: SweepConfig, space: Space, records: list[TrialRecord], be
         begun: how many trials the sampler has proposed, where the records hold those of earlier phases, too.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    direction = optuna.study.StudyDirection.MINIMIZE if config.objective.mode == "min" else optuna.study.StudyDirection.MAXIMIZE
+    minimise, maximise = optuna.study.StudyDirection.MINIMIZE, optuna.study.StudyDirection.MAXIMIZE
+    directions = [minimise if objective.mode == "min" else maximise for objective in config.objective.all]
     past = frozen_trials(config, space, records)
     begun = len(records) if begun is None else begun
     for warm in warm_trials(config, space):
         past += [_frozen(config, space, record, f"{warm.path}/{record.id}") for record in warm.records]
-    study = optuna.create_study(study_name=config.name, sampler=make_sampler(config, past, begun), direction=direction)
+    study = optuna.create_study(study_name=config.name, sampler=make_sampler(config, past, begun), directions=directions)
     study.add_trials(past)
     return study
 
@@ -211,16 +212,15 @@ def _optuna_params(space: Space, params: dict[str, Any]) -> dict[str, Any]:
 
 
 def _frozen(config: SweepConfig, space: Space, record: TrialRecord, name: str | None = None) -> optuna.trial.FrozenTrial:
-    metric = config.objective.metric
-    value = record.metrics.get(metric)
-    state = study_state(record.state, record.cause, value)
-    params = _optuna_params(space, record.params)
+    metric, several = config.objective.metric, bool(config.objective.further)
+    values: list[Any] = [record.measured(objective.metric) for objective in config.objective.all]
+    state, params = study_state(record.state, record.cause, values), _optuna_params(space, record.params)
     curve = {int(row["rung"]): row[metric] for row in record.curve if row.get(metric) is not None}
     return optuna.trial.create_trial(
         state=state,
-        value=value if state == optuna.trial.TrialState.COMPLETE else None,
+        values=values if state == optuna.trial.TrialState.COMPLETE else None,
         params=params,
         distributions=space.distributions(record.params) if params else {},
-        intermediate_values=curve,
+        intermediate_values={} if several else curve,
         user_attrs={"trial": name or record.id, "phase": record.phase},
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from neo_ray.mistakes import explain
 from neo_ray.settings import Section
 
 
@@ -62,10 +63,52 @@ class BudgetConfig(Section):
     """Wall-clock hours in which the sweep ran trials."""
 
 
+class FurtherObjective(Section):
+    metric: Literal[
+        "select_ce", "select_bits_per_byte", "select_kl", "peak_memory_bytes", "accelerator_seconds", "seconds", "tokens"
+    ]
+    """A score on the select split, or what a trial costs: memory of its largest worker, seconds × devices, seconds, tokens."""
+    mode: Literal["min", "max"] = "min"
+    """As of the first objective."""
+
+
 class ObjectiveConfig(Section):
     metric: Literal["select_ce", "select_bits_per_byte", "select_kl"] = "select_ce"
     """What trials are ranked by, on the select split. Never the training loss: kd_ratio and temperature change that."""
     mode: Literal["min", "max"] = "min"
+    further: tuple[FurtherObjective, ...] = ()
+    """What else counts. `objective` may be a list: the first of it ranks, the others are these; `nsga2`, `tpe`, `gp` look for the
+    settings that no other beats in all of them."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_list(cls, raw: Any) -> Any:
+        if not isinstance(raw, list | tuple):
+            return raw
+        if not raw:
+            raise ValueError("is an empty list")
+        for index, item in enumerate(raw):
+            try:
+                (FurtherObjective if index else cls).model_validate(item)
+            except ValidationError as error:
+                raise ValueError(f"{index}: {explain(error, FurtherObjective)}{'' if index else RANKS}") from None
+        return {**raw[0], "further": raw[1:]}
+
+    @model_validator(mode="after")
+    def _different(self) -> ObjectiveConfig:
+        metrics = [objective.metric for objective in self.all]
+        twice = next((metric for i, metric in enumerate(metrics) if metric in metrics[:i]), None)
+        if twice:
+            raise ValueError(f"{twice} stands twice")
+        return self
+
+    @property
+    def all(self) -> tuple[ObjectiveConfig | FurtherObjective, ...]:
+        """The one that ranks, and the others."""
+        return (self, *self.further)
+
+
+RANKS = "; trials are ranked by the first objective, which is a score"
 
 
 class MapSampler(SamplerConfig):

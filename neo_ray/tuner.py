@@ -26,7 +26,7 @@ from neo_ray.mirror import Mirror
 from neo_ray.parts import Sources
 from neo_ray.phases import Phase, trials_left
 from neo_ray.progress import Progress
-from neo_ray.records import Journal, TrialRecord, apply, write_records
+from neo_ray.records import COSTS, Journal, TrialRecord, apply, write_records
 from neo_ray.schedulers import make_scheduler
 from neo_ray.searcher import StudySearch, frozen_trials, open_study
 from neo_ray.settings import TrialConfig
@@ -201,6 +201,7 @@ class Relay(tune.Trainable):
             return dict(item["row"])
         if item["kind"] == "end":
             last = getattr(self, "last", {}) if item["state"] == "COMPLETE" else {}
+            last = {**last, **{name: item[name] for name in COSTS if item.get(name) is not None}}
             return {**last, "state": item["state"], "cause": item.get("cause"), "done": True}
         return self.step()
 

@@ -25,7 +25,7 @@ ROOMS = {
         "adapters alignment answers batches benchmarks checkpoints chunked data devices filling harness heldout local losses "
         "merging models parts placement prepare pruning quickstart scaling sources stores student suites teaching train"
     ),
-    "analysis": "card confirmed effects evidence guidelines paired phase_text report startup statistics",
+    "analysis": "card confirmed effects evidence guidelines paired pareto phase_text report startup statistics",
     "ray": "board builder cluster lease mirror progress schedulers searcher slot slots tuner",
     "doors": (
         "analyze bench bench_loss bench_pairs bench_reader bench_step bench_sweep bench_turns evaluate export ground "

@@ -1,0 +1,68 @@
+"""Which settings does no other beat in everything that counts? The Pareto front of a sweep's objectives, over settings' means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from neo_ray.evidence import Evidence, number
+from neo_ray.guidelines import unit_of
+from neo_ray.records import TrialRecord
+from neo_ray.searching import ObjectiveConfig
+from neo_ray.trials import setting_key
+
+UNITS = {"peak_memory_bytes": "bytes", "accelerator_seconds": "seconds × devices", "seconds": "seconds", "tokens": "tokens"}
+
+
+@dataclass(frozen=True)
+class Member:
+    """A setting of the front."""
+
+    params: dict[str, Any]
+    trials: tuple[str, ...]
+    values: dict[str, float]
+    """Objective → its mean over the setting's COMPLETE trials."""
+
+
+def front_of(records: Sequence[TrialRecord], objective: ObjectiveConfig) -> tuple[list[Member], int]:
+    """The front, best in the first objective first, and of how many settings: those with every objective measured."""
+    groups: dict[str, list[TrialRecord]] = {}
+    for record in records:
+        if record.state == "COMPLETE" and all(record.measured(o.metric) is not None for o in objective.all):
+            groups.setdefault(setting_key(record.params), []).append(record)
+    members = [_member(runs, objective) for runs in groups.values()]
+    points = [_losses(member, objective) for member in members]
+    kept = [m for m, point in zip(members, points, strict=True) if not any(_beats(other, point) for other in points)]
+    return sorted(kept, key=lambda member: _losses(member, objective)), len(members)
+
+
+def front_lines(evidence: Evidence) -> list[str]:
+    """The front in sentences; nothing for a sweep with one objective."""
+    objective = evidence.sweep.objective if evidence.sweep else None
+    if objective is None or not objective.further:
+        return []
+    front, total = front_of(evidence.records, objective)
+    if not front:
+        return ["No setting has a COMPLETE trial with all objectives measured."]
+    lines = [f"{len(front)} of {total} settings are beaten by no other in {' and '.join(o.metric for o in objective.all)}:"]
+    for member in front:
+        setting = ", ".join(f"{name} {number(value, 3)}" for name, value in member.params.items()) or "the sweep's own values"
+        values = ", ".join(f"{name} {number(v)} {UNITS.get(name) or unit_of(name)}" for name, v in member.values.items())
+        lines.append(f"{values}: {setting} ({', '.join(member.trials)})")
+    return lines
+
+
+def _member(runs: Sequence[TrialRecord], objective: ObjectiveConfig) -> Member:
+    means: dict[str, float] = {o.metric: fmean(run.measured(o.metric) or 0.0 for run in runs) for o in objective.all}
+    return Member(runs[0].params, tuple(run.id for run in runs), means)
+
+
+def _losses(member: Member, objective: ObjectiveConfig) -> tuple[float, ...]:
+    """Lower is better in each."""
+    return tuple(member.values[o.metric] * (-1 if o.mode == "max" else 1) for o in objective.all)
+
+
+def _beats(other: tuple[float, ...], point: tuple[float, ...]) -> bool:
+    return other != point and all(theirs <= ours for theirs, ours in zip(other, point, strict=True))
