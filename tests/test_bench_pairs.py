@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,6 +67,24 @@ def test_a_gpu_too_small_is_refused_before_any_weight_is_made(monkeypatch: pytes
     monkeypatch.setattr(devices, "describe", lambda device: "a small one")
     with pytest.raises(ConfigError, match=f"--preset: needs about {needed / 1e9:.1f} GB, and a small one has"):
         bench_pairs.make_parts(pair, trial, torch.device("cuda"), 2048, 20)
+
+
+@pytest.mark.gpu
+def test_a_shallow_llama_steps_on_a_gpu(tmp_path: Path) -> None:
+    """Every arm of the preset, at 2 layers each. In a process of its own: the other tests keep DeepSpeed on the CPU in theirs."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    code = (
+        "import dataclasses, sys; from neo_ray import bench, bench_pairs as p\n"
+        "p.LLAMA = dataclasses.replace(p.LLAMA, teacher=p.LLAMA.teacher.with_layers(2), student=p.LLAMA.student.with_layers(2))\n"
+        f"sys.exit(bench.main(['step', '--preset', 'llama-8b-1b', '--repeats', '1', '--out', {str(tmp_path / 'x.json')!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"DS_ACCELERATOR": "cuda"}, timeout=600)
+    assert done.returncode == 0
+    result = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))
+    assert list(result["arms"]) == list(bench_step.ARMS) and result["setting"]["dtype"] == "bfloat16"
+    for arm in result["arms"].values():
+        assert arm["counted_ratio"] is not None and 0 < arm["median_extra_bytes"] < 80e9
 
 
 def test_free_memory_is_known_here() -> None:
