@@ -56,7 +56,8 @@ def test_a_sampler_proposes_settings_of_the_space_and_new_ones_after_a_resume(tm
     both = run(config(tmp_path, name), first, 6)
     assert all(("kd_ratio" in r.params) == (r.params["rank"] != 4) for r in both)
     repeated = 16 - len({repr(r.params) for r in both})
-    assert repeated == 0 or (name == "nsga2" and repeated < 8), "only a child without a mutation is its parent again"
+    allowed = {"nsga2": 7, "gp": 1}  # a child without a mutation is its parent again; a model may be sure of a corner
+    assert repeated <= allowed.get(name, 0)
 
 
 @pytest.mark.parametrize("name", ["tpe", "gp", "cmaes"])
