@@ -11,6 +11,7 @@ from neo_ray import inventory
 from neo_ray.assets import PREFIX, is_quickstart
 from neo_ray.config import SweepConfig
 from neo_ray.inventory import Stored
+from neo_ray.records import load_records
 from neo_ray.settings import ConfigError
 from neo_ray.shapes import ModelShape
 from neo_ray.supply import SHARD_BYTES, Supply, bytes_of_row
@@ -85,6 +86,16 @@ def tokens_of_split(config: SweepConfig, split: str) -> tuple[int, Certainty] | 
     if paths and all(tokens <= cap for cap in caps):
         return max(1, round(tokens)), "about"
     return (max(1, round(min(caps))), "at most") if caps else None
+
+
+def seconds_of_trial(config: SweepConfig) -> tuple[float, int] | None:
+    """Mean seconds × devices of the COMPLETE trials in the sweep's own folder, and how many there are; None without any."""
+    try:
+        records = load_records(config.folder)
+    except (ValueError, OSError):
+        return None
+    took = [record.accelerator_seconds for record in records if record.state == "COMPLETE" and record.accelerator_seconds]
+    return (sum(took) / len(took), len(took)) if took else None
 
 
 def local_files(config: SweepConfig) -> list[Path]:

@@ -43,6 +43,8 @@ class Plan:
     tokens_per_trial: tuple[int, int] | None
     """Training tokens of the shortest and the longest trial; None where the data's size is not known yet."""
     tokens_are: Certainty
+    seconds_of_trial: tuple[float, int] | None
+    """Mean seconds × devices of so many trials that this sweep has completed; None before the first."""
     memory_bytes: dict[str, int]
     """Of one worker of the largest trial; empty where the shape of a model is not known."""
     largest: TrialConfig
@@ -106,6 +108,7 @@ def make_plan(
         student=student,
         tokens_per_trial=tokens,
         tokens_are=certainty,
+        seconds_of_trial=estimate.seconds_of_trial(config),
         memory_bytes=memory,
         largest=largest,
         least_memory_bytes=least,

@@ -93,7 +93,7 @@ def _phases(plan: Plan) -> list[tuple[str, list[str]]]:
 def _phase(plan: Plan, phase: Phase) -> list[str]:
     """A phase with its trials, what they cost at most, and its own budget."""
     tokens, most = plan.tokens_of(phase.most()), "at most " if phase.confirm else ""
-    price = f"; at most {tokens:,} tokens" if tokens is not None else ""
+    price = (f"; at most {tokens:,} tokens" if tokens is not None else "") + _time(plan, phase.most())
     scheduler = _scheduler(phase.config.scheduler, plan.config.evaluation.points)
     budget = "".join(f"; budget: {text}" for text in _budget(phase.config))
     return [f"{phase.name}: {most}{phase.most()} trials, {_sampler(phase)}", f"  {scheduler}{price}{budget}"]
@@ -142,7 +142,15 @@ def _tokens_text(plan: Plan) -> str:
 def _price(plan: Plan) -> list[str]:
     if plan.tokens_of_all is None:
         return []
-    return [f"at most {plan.tokens_of_all:,} in all trials; their time is known once the first have finished"]
+    known = plan.seconds_of_trial
+    time = f"as the {known[1]} trials so far took" if known else "their time is known once the first have finished"
+    return [f"at most {plan.tokens_of_all:,} in all trials{_time(plan, plan.num_trials)}{', ' if known else '; '}{time}"]
+
+
+def _time(plan: Plan, num_trials: int) -> str:
+    """Of so many trials on one device after another."""
+    known = plan.seconds_of_trial
+    return f"; about {time_text(num_trials * known[0])} of one device" if known else ""
 
 
 def _objectives(config: SweepConfig) -> list[str]:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from planted import sweep
 
+from neo_ray.budget import hours_of
 from neo_ray.cautions import cautions
 from neo_ray.config import SweepConfig
 from neo_ray.loading import dump, load
 from neo_ray.phases import Phase, best_settings, check_seeds_are_fresh, phases_of, planned_trials, trials_left
 from neo_ray.plan import make_plan
 from neo_ray.plan_text import render
-from neo_ray.records import TrialRecord
+from neo_ray.records import Journal, TrialRecord, write_records
 from neo_ray.searcher import StudySearch, open_study
 from neo_ray.settings import ConfigError
 from neo_ray.space import build_space
 from neo_ray.supply import choose
 from neo_ray.trials import differences, retried
+from neo_ray.tuner import _Recorder
 
 SEARCH = {"rank": {"grid": [4, 16]}, "alpha": {"of": "rank", "times": 2}, "learning_rate": {"grid": [1e-4, 1e-3, 1e-2]}}
 PHASES: dict[str, Any] = {
@@ -308,6 +312,42 @@ def test_the_plan_shows_each_phase_with_its_trials_and_price() -> None:
     assert "phases.map.sampler.num_trials: 5 of the grid's 6 trials run" in "\n".join(
         cautions(study(only("map") | {"map": {"sampler": {"num_trials": 5}}}), build_space(study()))
     )
+
+
+def test_the_trials_so_far_correct_the_price(tmp_path: Path) -> None:
+    config = study(storage={"path": str(tmp_path)})
+    assert "their time is known once the first have finished" in render(make_plan(config))
+    took = [r.model_copy(update={"accelerator_seconds": 600.0}) for r in run(config, [], most=4)]
+    write_records(config.folder, [*took, TrialRecord(id="0004", accelerator_seconds=5.0)])
+    text = render(make_plan(config))
+    assert "map: 6 trials" in text and "at most 6,000 tokens; about 1.0 h of one device" in text
+    assert "at most 17,000 in all trials; about 2.8 h of one device, as the 4 trials so far took" in text
+
+
+def test_no_trial_of_a_phase_begins_once_its_budget_is_spent_and_the_sweep_goes_on(tmp_path: Path) -> None:
+    config = study(PHASES | {"map": {"budget": {"trials": 3}}}, storage={"path": str(tmp_path)}, budget={"trials": 7})
+    phases, said = phases_of(config), list[str]()
+    progress: Any = SimpleNamespace(say=said.append, update=lambda *_: None, phase="")
+    recorder = _Recorder(config, phases[0].space, run(config, [], most=2), None, progress, None)  # type: ignore[arg-type]
+    assert not recorder.begin(phases[0]), "it is done"
+    assert recorder.begin(phases[1]) and progress.phase == "map"
+    for i, (params, seed) in enumerate([({"rank": 4, "alpha": 8.0, "learning_rate": 1e-4 * 10**i}, 0) for i in range(3)]):
+        assert recorder.may_begin(None)
+        recorder.started(f"{2 + i:04d}", params, seed)
+    assert not recorder.may_begin(None) and not recorder.spent and recorder.may_begin("0004"), "one that was begun may go on"
+    assert said[-1] == "the budget of phase map is spent (trials: 3 of 3): none of its trials begins any more"
+    assert [e.get("phase") for e in Journal(config.folder).events() if e["event"] == "session"] == [None, "map"]
+    assert {r.phase for r in recorder.records.values() if r.id > "0001"} == {"map"}
+    assert recorder.begin(phases[2]) and recorder.may_begin(None)
+    for i in range(2):
+        recorder.started(f"{5 + i:04d}", {"rank": 4, "alpha": 8.0, "learning_rate": 1e-3}, 0)
+    assert not recorder.may_begin(None) and recorder.spent == "trials: 7 of 7" and not recorder.phase_spent
+
+
+def test_hours_of_a_phase_are_its_own() -> None:
+    times = [("map", 0), ("", 3600), ("exploit", 3600), ("", 9000), ("map", 90_000), ("", 91_800)]
+    events = [{"event": "session" if p else "end", "trial": "" if p else "0000", "time": t, "phase": p} for p, t in times]
+    assert [hours_of(events, phase) for phase in ("map", "exploit", None)] == [1.5, 1.5, 3.0]
 
 
 def test_a_resolved_file_reads_the_same(tmp_path: Any) -> None:
