@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import optuna
 import pytest
 from planted import sweep
 
@@ -14,11 +15,12 @@ from neo_ray.budget import hours_of
 from neo_ray.cautions import cautions
 from neo_ray.config import SweepConfig
 from neo_ray.loading import dump, load
+from neo_ray.mirror import Mirror, study_url
 from neo_ray.phases import Phase, best_settings, check_seeds_are_fresh, phases_of, planned_trials, trials_left
 from neo_ray.plan import make_plan
 from neo_ray.plan_text import render
 from neo_ray.records import Journal, TrialRecord, write_records
-from neo_ray.searcher import StudySearch, open_study
+from neo_ray.searcher import StudySearch, frozen_trials, open_study
 from neo_ray.settings import ConfigError
 from neo_ray.space import build_space
 from neo_ray.supply import choose
@@ -142,6 +144,27 @@ def test_a_longer_exploit_goes_on_and_confirm_adds_only_what_is_missing() -> Non
     after = run(longer, found)
     assert [r.params for r in after[-2:]] == [better] * 2 and {r.id for r in before} < {r.id for r in after}
     assert not differences(study(), longer) and not differences(study(), sweep(search=SEARCH, training={"tokens": 1000}))
+
+
+def test_what_confirm_finds_chooses_nothing() -> None:
+    part = run(study(), [], most=14)
+    lucky = [r.model_copy(update={"metrics": {"select_ce": 0.1}}) if r.params["rank"] == 64 else r for r in part]
+    assert [r.phase for r in part[11:]] == ["confirm"] * 3, "all with the first seed"
+    rest = phases_of(study())[3].to_run(part)[0]
+    assert phases_of(study())[3].to_run(lucky)[0] == rest and [seed for *_, seed in rest] == [12] * 3
+
+
+def test_the_database_has_the_trials_of_all_phases_whichever_runs(tmp_path: Path) -> None:
+    config = study(storage={"path": str(tmp_path)})
+    records, mapped = run(config, []), phases_of(config)[1]
+    config.folder.mkdir(parents=True)
+    known = mapped.known(records)
+    others = frozen_trials(mapped.config, mapped.space, [r for r in records if r not in known])
+    mirror = Mirror(mapped.config, open_study(mapped.config, mapped.space, known, 6), print, others)
+    for _ in range(2):
+        mirror.follow()
+    copied = optuna.load_study(study_name="planted", storage=study_url(config))
+    assert sorted(t.user_attrs["trial"] for t in copied.trials) == [r.id for r in records]
 
 
 def test_a_confirm_without_anything_to_confirm_runs_nothing() -> None:
