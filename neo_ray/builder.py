@@ -15,7 +15,7 @@ from typing import Any
 import filelock
 import ray
 
-from neo_ray import filling, inventory, models, stores
+from neo_ray import access, filling, inventory, models, stores
 from neo_ray.account import NO_TRIAL, account
 from neo_ray.config import SweepConfig
 from neo_ray.data import TokenData, open_data
@@ -67,6 +67,8 @@ def stored_targets(
     with _sole_builder(folder, announce):
         bill.catch_up(cut)
         lacking = stores.missing(folder, data, cut) or ([] if stores.head_is_whole(folder, source.recipe) else cut[:1])
+        if lacking:
+            access.check(access.wanted(teacher=sources.teacher), config.resources, announce)
         try:
             if lacking:
                 _check_pays(config, data, tokens_of_trials)

@@ -237,6 +237,11 @@ def builders(resources: ResourcesConfig, capacity: Capacity, builder_bytes: int,
     return fit_memory(alone, capacity, builder_bytes, slots * resources.workers_per_trial)
 
 
+def takes_workers(node: dict[str, Any], resources: ResourcesConfig) -> bool:
+    """`node`: as `ray.nodes` has it."""
+    return _kind(node["Resources"]).workers(resources) > 0
+
+
 def _kind(offered: dict[str, Any]) -> Node:
     """A node from Ray's names of what it offers."""
     types = [name.removeprefix("accelerator_type:") for name in offered if name.startswith("accelerator_type:")]

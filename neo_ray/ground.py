@@ -86,7 +86,7 @@ def connected(config: SweepConfig, sources: Sources, supply: Supply, announce: A
     """A Ray that the sweep fits; one that was started here is shut down again. Raises ConfigError; nothing is written."""
     import ray
 
-    from neo_ray import cluster
+    from neo_ray import access, cluster
     from neo_ray.slot import slots_wait
 
     announce("connecting to Ray" if config.resources.address else "starting Ray on this machine")
@@ -96,6 +96,9 @@ def connected(config: SweepConfig, sources: Sources, supply: Supply, announce: A
         plan = make_plan(config, _train_split(sources), supply=supply)
         slots = cluster.fit_memory(config.resources, capacity, plan.least_memory_bytes, slots)
         builders = cluster.builders(config.resources, capacity, plan.builder_bytes, slots)
+        student = sources.student if config.student.model is not None else None  # a pruned one is made here
+        teacher = sources.teacher if supply.mode == "live" else None  # else asked for where a store lacks shards
+        access.check(access.wanted(teacher=teacher, student=student), config.resources, announce)
         yield Room(capacity, slots, builders, plan)
     finally:
         if capacity.started_here and not slots_wait():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,14 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(Path(tmp_path_factory.mktemp("world")))
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """For a Ray's sockets: their paths have at most 107 characters."""
+    folder = Path(tempfile.mkdtemp(prefix="nr", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -26,11 +26,7 @@ ROOMS = {
         "merging models parts placement prepare pruning quickstart scaling sources stores student suites teaching train"
     ),
     "analysis": "card confirmed effects evidence guidelines paired pareto phase_text report startup statistics",
-    "ray": "board builder cluster lease mirror progress schedulers searcher slot slots tuner",
-    "doors": (
-        "analyze bench bench_loss bench_pairs bench_reader bench_step bench_sweep bench_turns evaluate export ground "
-        "status sweep targets "
-    ),
+    "ray": "access board builder cluster lease mirror progress schedulers searcher slot slots tuner",
 }
 ROOM = {module: room for room, modules in ROOMS.items() for module in modules.split()}
 FLOOR = {"facts": 0, "training": 1, "analysis": 1, "ray": 2, "doors": 3}
