@@ -77,7 +77,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from neo_ray.searcher import open_study
 
     folder = tmp_path_factory.mktemp("checkout")
-    for name in ("sweeps", "docs"):
+    for name in ("sweeps", "docs", "deploy"):
         shutil.copytree(ROOT / name, folder / name)
     for name in ("Makefile", "cluster.yaml", "pyproject.toml", "constraints.txt"):
         shutil.copyfile(ROOT / name, folder / name)
@@ -159,6 +159,7 @@ def _ray(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         assert words[0] in command.commands
         command = command.commands[words[0]]
     command.make_context(words[0], list(words[1:]))
+    assert all(Path(word).is_file() for word in words if word.endswith(".yaml") and " " not in word)
     if words[0] in ("exec", "submit"):
         run_command(words[-1], capsys)
 
@@ -172,6 +173,22 @@ def _pip(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert words[:3] == ["-c", "constraints.txt", "-e"]
     extras = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     assert re.fullmatch(r"\.\[(\w+)\]", words[3])[1] in extras  # type: ignore[index]
+
+
+def _kubectl(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """The file is there; what else is named stands in it."""
+    (file,) = [word for word in words if word.startswith("deploy/")] or ["deploy/kuberay/rayjob.yaml"]
+    assert Path(file).is_file()
+    documents = list(yaml.safe_load_all(Path(file).read_text(encoding="utf-8")))
+    match words:
+        case ["apply" | "delete", "-f", _]:
+            return
+        case ["logs", "-f", name]:
+            assert name == f"job/{documents[-1]['metadata']['name']}"
+        case ["create", "secret", "generic", name, source]:
+            assert name in str(documents) and source.startswith("--from-file=")
+        case _:
+            raise AssertionError(words)
 
 
 def _source(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -201,6 +218,7 @@ CHECKS: dict[str, Callable[[list[str], pytest.CaptureFixture[str]], None]] = {
     "ray": _ray,
     "cd": _cd,
     "pip install": _pip,
+    "kubectl": _kubectl,
     "source": _source,
     "optuna-dashboard": _dashboard,
 }
@@ -233,7 +251,10 @@ def test_every_command_works_as_written(
         "ray job submit -- bash -c 'cd ~/neo_ray && python -m neo_ray.sweep sweeps/none.yaml'",
         "python -m neo_ray.status results/quickstart --wach 3",
         "ray exec cluster.yaml --tmuxx 'cd ~/neo_ray'",
-        "pip install -c constraints.txt -e '.[azure]'",
+        "pip install -c constraints.txt -e '.[oracle]'",
+        "ray up deploy/oracle.yaml",
+        "kubectl apply -f deploy/kuberay/rayjobs.yaml",
+        "kubectl logs -f job/ranks",
     ],
 )
 def test_a_command_that_would_not_work_is_found(
@@ -332,7 +353,12 @@ def test_every_field_has_words_and_none_has_them_twice() -> None:
 
 
 @pytest.mark.slow
-def test_the_results_table_names_all_that_a_sweep_leaves(tiny_world: World, tmp_path: Path) -> None:
+def test_the_results_table_names_all_that_a_sweep_leaves_and_the_hubs_token_stands_nowhere(
+    tiny_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_folder: Path
+) -> None:
+    token = "hf_" + "NotForAnyLog" * 3
+    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setenv("RAY_TMPDIR", str(short_folder))
     training = {"steps": 30, "batch_size": 4, "micro_batch_size": 2, "dtype": "fp32"}
     process = start(sweep_file(tiny_world, tmp_path, training=training, scheduler={"name": "none"}))
     folder, during = tmp_path / "results" / "tiny", set[str]()
@@ -354,6 +380,10 @@ def test_the_results_table_names_all_that_a_sweep_leaves(tiny_world: World, tmp_
     assert {"lease.json", "trials/<id>/checkpoint"} <= during
     assert {name for name in during if not name.startswith(".")} <= named | {"trials"}, "a row for each"
     assert named - _entries(folder) == passing
+    logs = [path for path in short_folder.rglob("*") if path.is_file()]
+    assert {"raylet.out", "gcs_server.out"} <= {path.name for path in logs}
+    written = [*logs, *(path for path in tmp_path.rglob("*") if path.is_file())]
+    assert token not in text and [str(path) for path in written if token.encode() in path.read_bytes()] == []
 
 
 def _entries(folder: Path) -> set[str]:
