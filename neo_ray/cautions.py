@@ -9,6 +9,7 @@ from neo_ray.assets import is_quickstart
 from neo_ray.axes import show
 from neo_ray.config import SweepConfig
 from neo_ray.phases import at_phase, phases_of
+from neo_ray.searching import of_suite
 from neo_ray.settings import trial_leaves
 from neo_ray.space import Space
 from neo_ray.storage import is_url
@@ -160,8 +161,10 @@ def _scheduler(config: SweepConfig) -> Iterator[str]:
 
 def _objective(config: SweepConfig, space: Space) -> Iterator[str]:
     for objective in config.objective.all:
-        if objective.mode == "max":
-            yield f"objective.mode: max looks for the worst trial; a lower {objective.metric} is better"
+        better = "max" if of_suite(objective.metric) else "min"
+        if objective.mode != better:
+            way = {"max": "higher", "min": "lower"}[better]
+            yield f"objective.mode: {objective.mode} looks for the worst trial; a {way} {objective.metric} is better"
         if objective.metric == "peak_memory_bytes" and not config.resources.gpus_per_worker:
             yield "objective: peak_memory_bytes of a CPU worker is that of its process, to which trials before have added"
 

@@ -13,7 +13,9 @@ from neo_ray import quickstart
 from neo_ray.assets import is_quickstart
 from neo_ray.config import StudentConfig, SweepConfig, TeacherConfig
 from neo_ray.local import check_layers
+from neo_ray.mistakes import guess
 from neo_ray.parts import ModelSource, Sources
+from neo_ray.searching import of_suite
 from neo_ray.settings import ConfigError
 from neo_ray.space import build_space
 from neo_ray.supply import Supply, choose
@@ -84,7 +86,12 @@ def _suite(config: SweepConfig, announce: Announce) -> str | None:
     from neo_ray import harness, suites
 
     folder = suites.make_ready(config.evaluation.suite, config.cache, announce)
-    harness.open_suite(folder, config.evaluation.suite_limit, config.resources.workers_per_trial)
+    suite = harness.open_suite(folder, config.evaluation.suite_limit, config.resources.workers_per_trial).suite
+    named = {harness.METRIC, *(f"{harness.METRIC}_{benchmark}" for benchmark in suite.benchmarks)}
+    for metric in (objective.metric for objective in config.objective.all if of_suite(objective.metric)):
+        if metric not in named:
+            allowed = ", ".join(sorted(named))
+            raise ConfigError(f"objective.metric: {suite.title} has no {metric}{guess(metric, named)}; allowed: {allowed}")
     return str(folder.resolve())
 
 

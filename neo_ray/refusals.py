@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Iterator
 
 from neo_ray.config import SweepConfig
+from neo_ray.searching import of_suite
 from neo_ray.settings import ConfigError, TrialConfig
 
 DECIDING = ("method", "variant", "modules_to_save", "dtype", "zero_stage", "offload_optimizer", "offload_parameters", "nvme_path")
@@ -78,6 +79,15 @@ def _quantization(config: SweepConfig, trial: TrialConfig) -> Iterator[str]:
 
 def check_objectives(config: SweepConfig) -> None:
     """What cannot look for several things at once. Raises ConfigError."""
+    benchmarks = [objective.metric for objective in config.objective.all if of_suite(objective.metric)]
+    if benchmarks and config.evaluation.suite is None:
+        raise ConfigError(f"objective.metric: {benchmarks[0]} is of a suite of benchmarks, and there is no evaluation.suite")
+    early = of_suite(config.objective.metric) and config.evaluation.suite_at == "end"
+    if early and config.scheduler.name != "none":
+        raise ConfigError(
+            f"evaluation.suite_at: end measures {config.objective.metric} of complete trials alone, and the scheduler ranks by "
+            "it before; rungs, or scheduler.name: none"
+        )
     number = len(config.objective.all)
     if number > 1 and config.sampler.name == "cmaes":
         raise ConfigError(

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from neo_ray.mistakes import explain
+from neo_ray.mistakes import explain, guess
+from neo_ray.records import COSTS
 from neo_ray.settings import Section
 
 
@@ -63,19 +64,56 @@ class BudgetConfig(Section):
     """Wall-clock hours in which the sweep ran trials."""
 
 
-class FurtherObjective(Section):
-    metric: Literal[
-        "select_ce", "select_bits_per_byte", "select_kl", "peak_memory_bytes", "accelerator_seconds", "seconds", "tokens"
-    ]
-    """A score on the select split, or what a trial costs: memory of its largest worker, seconds × devices, seconds, tokens."""
+SCORES = ("select_ce", "select_bits_per_byte", "select_kl")
+BENCHMARKS = "suite"
+"""The average of `evaluation.suite`; with `_<benchmark>` behind it the value of one."""
+
+
+def of_suite(metric: str) -> bool:
+    return metric == BENCHMARKS or metric.startswith(f"{BENCHMARKS}_")
+
+
+class _Metric(Section):
+    """Whatever an objective is: benchmarks are looked for at their highest, all else at its lowest."""
+
+    metric: str
+    mode: Literal["min", "max"] = "min"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _the_better_way(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and of_suite(str(raw.get("metric"))) and "mode" not in raw:
+            return {**raw, "mode": "max"}
+        return raw
+
+    @staticmethod
+    def known(metric: str, allowed: tuple[str, ...]) -> str:
+        if metric not in allowed and not of_suite(metric):
+            named = (*allowed, BENCHMARKS)
+            raise ValueError(f"{metric!r} is no metric{guess(metric, named)}; allowed: {', '.join(named)}, suite_<benchmark>")
+        return metric
+
+
+class FurtherObjective(_Metric):
+    metric: str
+    """A score on the select split, benchmarks (`suite`, `suite_<benchmark>`), or what a trial costs: `peak_memory_bytes` of its
+    largest worker, `accelerator_seconds`, `seconds`, `tokens`."""
     mode: Literal["min", "max"] = "min"
     """As of the first objective."""
 
+    @field_validator("metric")
+    @classmethod
+    def _is_known(cls, metric: str) -> str:
+        return cls.known(metric, (*SCORES, *COSTS))
 
-class ObjectiveConfig(Section):
-    metric: Literal["select_ce", "select_bits_per_byte", "select_kl"] = "select_ce"
-    """What trials are ranked by, on the select split. Never the training loss: kd_ratio and temperature change that."""
+
+class ObjectiveConfig(_Metric):
+    metric: str = "select_ce"
+    """What trials are ranked by: `select_ce`, `select_bits_per_byte` or `select_kl` on the select split, the average of
+    `evaluation.suite` (`suite`) or one benchmark of it (`suite_<benchmark>`). Never the training loss: kd_ratio and temperature
+    change that."""
     mode: Literal["min", "max"] = "min"
+    """Left out, it is `max` for benchmarks and `min` for all else."""
     further: tuple[FurtherObjective, ...] = ()
     """What else counts. `objective` may be a list: the first of it ranks, the others are these; `nsga2`, `tpe`, `gp` look for the
     settings that no other beats in all of them."""
@@ -93,6 +131,11 @@ class ObjectiveConfig(Section):
             except ValidationError as error:
                 raise ValueError(f"{index}: {explain(error, FurtherObjective)}{'' if index else RANKS}") from None
         return {**raw[0], "further": raw[1:]}
+
+    @field_validator("metric")
+    @classmethod
+    def _is_known(cls, metric: str) -> str:
+        return cls.known(metric, SCORES)
 
     @model_validator(mode="after")
     def _different(self) -> ObjectiveConfig:

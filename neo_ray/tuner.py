@@ -200,7 +200,7 @@ class Relay(tune.Trainable):
             self.last = item["row"]
             return dict(item["row"])
         if item["kind"] == "end":
-            last = getattr(self, "last", {}) if item["state"] == "COMPLETE" else {}
+            last = {**getattr(self, "last", {}), **(item.get("metrics") or {})} if item["state"] == "COMPLETE" else {}
             last = {**last, **{name: item[name] for name in COSTS if item.get(name) is not None}}
             return {**last, "state": item["state"], "cause": item.get("cause"), "done": True}
         return self.step()

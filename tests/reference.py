@@ -31,7 +31,6 @@ WORDS = {
     "training.beta2": "AdamW's decay of the second moment.",
     "evaluation.batch_size": "Sequences of one forward pass of an evaluation, on one worker.",
     "resources.cpus_per_worker": "CPUs of a worker, and its number of threads.",
-    "objective.mode": "`max` would look for the worst trial: a lower value of every metric is better.",
     "search.AXIS.grid": "Every value of a list. `sampler.name: grid` runs all combinations; other samplers draw from it.",
     "search.AXIS.choice": "The same as `grid`.",
     "search.AXIS.uniform": "[low, high]",

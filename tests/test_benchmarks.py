@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from doors import sweep_file
 from tiny import World, make_suite, passages
 
 from neo_ray import bench_step, benchmarks, data, harness, models, suites
 from neo_ray.config import DataConfig
+from neo_ray.loading import load
 from neo_ray.parts import ModelSource, Sources, load_parts
-from neo_ray.settings import DeepSpeedConfig, EvaluationConfig, LoraConfig, TrainingConfig, TrialConfig
+from neo_ray.prepare import prepare
+from neo_ray.settings import ConfigError, DeepSpeedConfig, EvaluationConfig, LoraConfig, TrainingConfig, TrialConfig
 from neo_ray.train import Outcome, Row, train
 
 CPU = torch.device("cpu")
@@ -88,3 +91,11 @@ def test_a_limit_is_stated(sources: Sources, tmp_path: Path) -> None:
 def test_without_a_suite_nothing_of_it_is_there(sources: Sources, tmp_path: Path) -> None:
     _, outcome = run(dataclasses.replace(sources, suite=None), tmp_path)
     assert "suite" not in outcome.details and not (tmp_path / "suite.json").exists()
+
+
+def test_an_objective_that_the_suite_does_not_have_is_refused(tiny_world: World, tmp_path: Path) -> None:
+    make_suite(tmp_path / "own", passages(models.load_tokenizer(str(tiny_world.student)), 4))
+    fields = {"evaluation": {"suite": str(tmp_path / "own")}, "scheduler": {"name": "none"}}
+    config = load(sweep_file(tiny_world, tmp_path, objective={"metric": "suite_next_word"}, **fields))
+    with pytest.raises(ConfigError, match=r"own v3 has no suite_next_word \(did you mean `suite_next_words`\?\)"):
+        prepare(config, lambda _: None)

@@ -26,6 +26,7 @@ from neo_ray.space import build_space
 
 THREE = [{"metric": "select_ce"}, {"metric": "peak_memory_bytes"}, {"metric": "accelerator_seconds"}]
 SEARCH = {"rank": {"choice": [4, 8, 16, 32, 64]}, "learning_rate": {"log_uniform": [1e-4, 1e-2]}}
+BENCHMARKS = {"evaluation": {"suite": "quickstart"}}
 Params = dict[str, Any]
 
 
@@ -115,6 +116,15 @@ def test_a_search_tells_all_objectives_and_goes_on_after_a_resume(tmp_path: Path
         ({"sampler": {"name": "cmaes"}}, r"sampler\.name: cmaes has one objective, and there are 3"),
         ({"scheduler": {"name": "asha"}}, r"scheduler\.name: asha stops trials by the first objective alone"),
         (
+            {"objective": {"metric": "suit"}},
+            r"'suit' is no metric \(did you mean `suite`\?\); allowed: select_ce, ",
+        ),
+        ({"objective": {"metric": "suite"}}, "suite is of a suite of benchmarks, and there is no evaluation.suite"),
+        (
+            {**BENCHMARKS, "objective": {"metric": "suite_a"}, "scheduler": {}, "sampler": {}},
+            r"evaluation\.suite_at: end measures suite_a of complete trials alone",
+        ),
+        (
             {"scheduler": {}, "sampler": {}, "phases": {"exploit": {}}},
             r"phases\.exploit\.scheduler\.name: asha stops trials by the f",
         ),
@@ -133,6 +143,18 @@ def test_one_objective_stays_as_written_and_a_list_of_one_is_the_same(tmp_path: 
         assert load(tmp_path / "sweep.yaml") == config
     notes = "\n".join(cautions(several(), build_space(several())))
     assert "peak_memory_bytes of a CPU worker is that of its process" in notes
+
+
+def test_benchmarks_are_looked_for_at_their_highest() -> None:
+    config = sweep(
+        search=SEARCH, scheduler={"name": "none"}, objective=[{"metric": "suite"}, {"metric": "select_ce"}], **BENCHMARKS
+    )
+    assert [objective.mode for objective in config.objective.all] == ["max", "min"]
+    directions = [direction.name for direction in open_study(config, build_space(config), []).directions]
+    assert directions == ["MAXIMIZE", "MINIMIZE"]
+    assert not any("worst" in note for note in cautions(config, build_space(config)))
+    wrong = sweep(search=SEARCH, scheduler={"name": "none"}, objective={"metric": "suite", "mode": "min"}, **BENCHMARKS)
+    assert any("min looks for the worst trial; a higher suite is better" in note for note in cautions(wrong, build_space(wrong)))
 
 
 def test_the_report_shows_the_front_and_the_first_objective_chooses_the_best(tmp_path: Path) -> None:

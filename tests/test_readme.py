@@ -17,19 +17,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
+import optuna
 import pytest
 import reference
 import yaml
 from doors import ROOT, finish, start, sweep_file
 from planted import trial
-from tiny import World
+from tiny import World, make_suite, make_tokenizer, passages
 
 from neo_ray import analyze, evaluate, export, status, sweep, targets
 from neo_ray.adapters import attach, save_adapter, trained_parameters
 from neo_ray.cautions import PARAMETER_OF
 from neo_ray.config import AXIS_KINDS, Axis, DataConfig, SweepConfig
 from neo_ray.loading import dump, load, validate
-from neo_ray.records import write_records
+from neo_ray.records import load_records, write_records
 from neo_ray.settings import DistillConfig, LoraConfig, TrialConfig
 from neo_ray.sources import examples
 from neo_ray.space import build_space
@@ -360,7 +361,9 @@ def test_the_results_table_names_all_that_a_sweep_leaves_and_the_hubs_token_stan
     monkeypatch.setenv("HF_TOKEN", token)
     monkeypatch.setenv("RAY_TMPDIR", str(short_folder))
     training = {"steps": 30, "batch_size": 4, "micro_batch_size": 2, "dtype": "fp32"}
-    process = start(sweep_file(tiny_world, tmp_path, training=training, scheduler={"name": "none"}))
+    make_suite(tmp_path / "own", passages(make_tokenizer(), 8))
+    ranked_by = {"evaluation": {"points": 2, "suite": str(tmp_path / "own")}, "objective": {"metric": "suite"}}
+    process = start(sweep_file(tiny_world, tmp_path, training=training, scheduler={"name": "none"}, **ranked_by))
     folder, during = tmp_path / "results" / "tiny", set[str]()
     while process.poll() is None:
         during |= _entries(folder)
@@ -373,7 +376,6 @@ def test_the_results_table_names_all_that_a_sweep_leaves_and_the_hubs_token_stan
         ".lease-…",
         "study.db-journal",
         "trials/<id>/checkpoint",
-        "trials/<id>/suite.json",
         "benchmarks",
         "export/<id>",
     }
@@ -384,6 +386,10 @@ def test_the_results_table_names_all_that_a_sweep_leaves_and_the_hubs_token_stan
     assert {"raylet.out", "gcs_server.out"} <= {path.name for path in logs}
     written = [*logs, *(path for path in tmp_path.rglob("*") if path.is_file())]
     assert token not in text and [str(path) for path in written if token.encode() in path.read_bytes()] == []
+    records = load_records(folder)
+    told = [trial.value for trial in optuna.load_study(study_name="tiny", storage=f"sqlite:///{folder / 'study.db'}").trials]
+    assert sorted(told) == sorted(record.metrics["suite"] for record in records), "the benchmarks' average is what is looked for"
+    assert load(folder / "best.yaml").objective.mode == "max"
 
 
 def _entries(folder: Path) -> set[str]:
