@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neo_ray import uploads
+from neo_ray import door, uploads
 from neo_ray.config import SweepConfig
 from neo_ray.loading import load
 from neo_ray.records import Journal, TrialRecord, load_records, write_atomically, write_records
@@ -39,25 +39,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("path", help="a results folder (results/<name>) or its URL, or a trials.jsonl")
     parser.add_argument("--out", type=Path, help="where to write; the results folder by default")
     arguments = parser.parse_args(argv)
-    try:
-        analysis = analyse(uploads.local_copy(arguments.path))
-    except ValueError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    with door.end() as end:
+        _run(arguments.path, arguments.out)
+    return end.code
+
+
+def _run(path: str, out: Path | None) -> None:
     from rich.console import Console
 
+    try:
+        analysis = analyse(uploads.local_copy(path))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH_OF_A_LOG)
     show(analysis, console)
-    try:
-        paths = write(analysis, arguments.out or analysis.folder)
-        if arguments.out is None:
-            uploads.publish(at(arguments.path), *uploads.REPORT)
-    except OSError as error:
-        print(f"error: {error.filename or arguments.out}: cannot be written ({error.strerror})", file=sys.stderr)
-        return 2
-    for path in paths:
-        console.print(str(path), markup=False, soft_wrap=True)
-    return 0
+    written = write(analysis, out or analysis.folder)
+    if out is None:
+        uploads.publish(at(path), *uploads.REPORT)
+    for file in written:
+        console.print(str(file), markup=False, soft_wrap=True)
 
 
 def analyse(path: str | Path) -> Analysis:

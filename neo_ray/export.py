@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from neo_ray import loading
+from neo_ray import door, loading
 from neo_ray.config import SweepConfig
 from neo_ray.mistakes import guess
 from neo_ray.records import TrialRecord, load_records
@@ -61,24 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="a new folder; <path>/export/<id> by default")
     parser.add_argument("--dtype", choices=tuple(TOLERANCES), default="fp32", help="of the written weights (fp32)")
     asked = parser.parse_args(argv)
-    try:
+    with door.end(failures=(OtherScores,), interrupted="interrupted; nothing was written") as end:
         chosen = choose(asked.path.expanduser(), asked.trial)
         out = asked.out.expanduser() if asked.out else chosen.folder / "export" / chosen.record.id
         export(chosen, out, asked.dtype)
-    except ConfigError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or asked.path}: {error.strerror or error}", file=sys.stderr)
-        return 2
-    except OtherScores as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
-    print(out)
-    return 0
+        print(out)
+    return end.code
 
 
 def choose(folder: Path, wanted: str | None = None) -> Chosen:

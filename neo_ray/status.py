@@ -6,6 +6,7 @@ Exit codes: 0 running or done, 1 trials are left and nobody drives the sweep, 2 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -15,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from neo_ray import door
 from neo_ray.budget import exhausted, hours_of
 from neo_ray.config import SweepConfig
 from neo_ray.lease import holder
@@ -33,30 +35,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     parser.add_argument("--watch", type=float, metavar="SECONDS", help="again and again, while it is driven")
     asked = parser.parse_args(argv)
-    try:
+    with door.end() as end, contextlib.suppress(KeyboardInterrupt):
         while True:
             found = status(Path(asked.path).expanduser())
             print(json.dumps(found) if asked.json else "\n".join(lines(found)), flush=True)
             if asked.watch is None or not found["driver"]:
-                return NOBODY if found["unfinished"] and not found["driver"] else 0
+                end.code = NOBODY if found["unfinished"] and not found["driver"] else 0
+                break
             time.sleep(asked.watch)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 0
+    return end.code
 
 
 def status(folder: Path) -> dict[str, Any]:
     """Where a sweep stands, as JSON types. Tokens are training tokens without padding; what is not known is null.
 
     Raises:
-        ValueError: no sweep is there.
+        ConfigError: no sweep is there.
     """
     try:
         config = load(folder / "sweep.yaml")
     except ConfigError as error:
-        raise ValueError(f"{folder}: holds no sweep ({error})") from None
+        raise ConfigError(f"{folder}: holds no sweep ({error})") from None
     events = list(Journal(folder).events())
     records = fold(events)
     phases, driver = phases_of(config), holder(folder)

@@ -26,7 +26,7 @@ ROOMS = {
         "merging models parts placement prepare pruning quickstart scaling sources stores student suites teaching train"
     ),
     "analysis": "card confirmed effects evidence guidelines paired pareto phase_text report startup statistics",
-    "ray": "access board builder cluster lease mirror progress schedulers searcher slot slots tuner",
+    "ray": "access board builder cluster lease mirror progress schedulers searcher slot slots storehouse tuner",
 }
 ROOM = {module: room for room, modules in ROOMS.items() for module in modules.split()}
 FLOOR = {"facts": 0, "training": 1, "analysis": 1, "ray": 2, "doors": 3}
