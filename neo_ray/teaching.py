@@ -76,13 +76,8 @@ def teach(
         return _stored(parts, split_name, indices, labels_BL)
     if parts.teacher is None:
         return Taught()
-    parts.asked["teacher_tokens"] += _tokens(parts, split_name, indices)
-    network = models.decoder(parts.teacher)
-    given = models.inputs(network, batch.input_ids_BL, batch.attention_mask_BL, batch.position_ids_BL)
-    outputs = network(**given, output_hidden_states=numbers(list(layers))) if layers else network(**given)
-    states_NG = scored(outputs.last_hidden_state, labels_BL, outputs.last_hidden_state.shape[-1])
-    told = _through(models.output_head(parts.teacher), states_NG, parts.vocabulary)
-    return replace(told, states=scored_states(outputs, list(layers), labels_BL))
+    states_NG, of_layers = _living(parts, split_name, indices, batch, labels_BL, layers)
+    return replace(_through(models.output_head(parts.teacher), states_NG, parts.vocabulary), states=of_layers)
 
 
 def teach_once(parts: Parts, split_name: str, indices: np.ndarray, batch: Batch) -> Taught:
@@ -96,10 +91,26 @@ def teach_once(parts: Parts, split_name: str, indices: np.ndarray, batch: Batch)
     if parts.teacher is None:
         return Taught()
     if key not in seen:
-        parts.asked["teacher_tokens"] += _tokens(parts, split_name, indices)
-        states_BLG = models.last_hidden(parts.teacher, batch.input_ids_BL, batch.attention_mask_BL, batch.position_ids_BL)
-        seen[key] = scored(states_BLG, batch.labels_BL, states_BLG.shape[-1]).cpu()
+        seen[key] = _living(parts, split_name, indices, batch, batch.labels_BL)[0].cpu()
     return _through(models.output_head(parts.teacher), seen[key], parts.vocabulary)
+
+
+def _living(
+    parts: Parts,
+    split_name: str,
+    indices: Sequence[int] | np.ndarray,
+    batch: Batch,
+    labels_BL: Tensor,
+    layers: Sequence[int] = (),
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A living teacher's pass: states_NG of the scored positions, and the states after each layer that is wanted."""
+    parts.asked["teacher_tokens"] += _tokens(parts, split_name, indices)
+    assert parts.teacher is not None
+    network = models.decoder(parts.teacher)
+    given = models.inputs(network, batch.input_ids_BL, batch.attention_mask_BL, batch.position_ids_BL)
+    outputs = network(**given, output_hidden_states=numbers(list(layers))) if layers else network(**given)
+    states_NG = scored(outputs.last_hidden_state, labels_BL, outputs.last_hidden_state.shape[-1])
+    return states_NG, scored_states(outputs, list(layers), labels_BL)
 
 
 def _stored(parts: Parts, split_name: str, indices: Sequence[int] | np.ndarray, labels_BL: Tensor) -> Taught:
