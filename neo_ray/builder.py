@@ -7,12 +7,10 @@ import logging
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-import filelock
 import ray
 
 from neo_ray import access, filling, inventory, models, stores
@@ -20,16 +18,15 @@ from neo_ray.account import NO_TRIAL, account
 from neo_ray.config import SweepConfig
 from neo_ray.data import TokenData, open_data
 from neo_ray.heldout import num_evaluated
-from neo_ray.lease import Held, lease
 from neo_ray.parts import Sources, TargetSource
 from neo_ray.records import Journal
 from neo_ray.settings import ConfigError
-from neo_ray.storage import Folder
+from neo_ray.storage import Folder, address
+from neo_ray.storehouse import InObjects, OnDisk, storehouse
 from neo_ray.supply import Supply, row_bytes
 
 Announce = Callable[[str], None]
 SECONDS_BETWEEN_WORDS = 10.0
-WAITING = "waiting for another sweep, which fills the same store of targets"
 
 
 class TargetsFailed(RuntimeError):
@@ -44,6 +41,7 @@ def stored_targets(
     tokens_of_trials: int | None,
     announce: Announce,
     journal: Journal | None = None,
+    past: Sequence[dict[str, Any]] = (),
 ) -> Sources:
     """The sources with a whole store in place of the teacher. What is there already and intact is taken as it is.
 
@@ -52,7 +50,7 @@ def stored_targets(
     Args:
         workers: how many actors may work at once, each with a trial worker's resources.
         tokens_of_trials: what all trials together train on, where that is known.
-        journal: is told what filling the store took.
+        journal: is told what filling the store took; `past`: its events so far.
 
     Raises:
         ConfigError: the disk is too small, or the mode does not suit the models.
@@ -61,47 +59,36 @@ def stored_targets(
     if supply.mode == "live" or sources.teacher is None:
         return sources
     data = open_data(sources.data)
-    source = _source(config, supply, sources, data)
+    source = source_of(config, supply, sources, data)
     folder, cut = source.place, wanted(config, data, stores.shards(data, source.bytes_of_row))
-    bill = _Bill(journal, folder, source.recipe.key)
-    with _sole_builder(folder, announce):
-        bill.catch_up(cut)
-        lacking = stores.missing(folder, data, cut) or ([] if stores.head_is_whole(folder, source.recipe) else cut[:1])
+    bill, house = _Bill(journal, folder, source.recipe.key), storehouse(folder)
+    with house.sole_builder(announce):
+        bill.catch_up(cut, past)
+        lacking = stores.missing(folder, data, cut, with_head=supply.mode == "hidden")
         if lacking:
             access.check(access.wanted(teacher=sources.teacher), config.resources, announce)
         try:
             if lacking:
                 _check_pays(config, data, tokens_of_trials)
-                if isinstance(folder, Path):
-                    for part in folder.glob(f"{stores.PART}*"):  # of a builder that was killed
-                        part.unlink(missing_ok=True)
-                    _check_disk(folder, data, lacking, source.bytes_of_row)
-                _describe(config, source, data, cut)
-                filled = _fill(config, source, sources, data, lacking, workers, announce, bill)
-                if isinstance(folder, Path):
-                    inventory.add_filled(folder, *filled)
+                house.make_room(source.bytes_of_row * sum(num_rows(data, lacking).values()))
+                _describe(house, config, source, num_rows(data, cut))
+                house.add_filled(*_fill(config, source, sources, data, lacking, workers, announce, bill))
             else:
-                _describe(config, source, data, cut)
+                _describe(house, config, source, num_rows(data, cut))
                 announce(f"the teacher's targets ({supply.mode}): reused from {folder}")
         except ConfigError as error:
             if config.targets.mode != "auto":
                 raise
             announce(f"the teacher runs in every trial: {error}")
             return sources
-        if isinstance(folder, Path):
-            (folder / inventory.USED).touch()
+        house.mark_used()
         bill.settle(source.recipe.mode, data, cut, len(lacking))
     return dataclasses.replace(sources, targets=source)
 
 
-def _describe(config: SweepConfig, source: TargetSource, data: TokenData, cut: list[stores.Shard]) -> None:
-    """What a local store is, for people and for `neo_ray.targets`."""
-    if not isinstance(source.place, Path):
-        return
+def _describe(house: OnDisk | InObjects, config: SweepConfig, source: TargetSource, rows: dict[str, int]) -> None:
     facts = {"recipe": dataclasses.asdict(source.recipe), "bytes_of_row": source.bytes_of_row}
-    names = {**facts, **inventory.names_of(config)}
-    rows = {shard.name: stores.num_rows(data.split(shard.split), shard) for shard in cut}
-    inventory.describe(source.place, names, rows)
+    house.describe({**facts, **inventory.names_of(config)}, rows)
 
 
 def wanted(config: SweepConfig, data: TokenData, cut: list[stores.Shard]) -> list[stores.Shard]:
@@ -111,7 +98,8 @@ def wanted(config: SweepConfig, data: TokenData, cut: list[stores.Shard]) -> lis
     return [shard for shard in cut if shard.split == "train" or shard.first < read[shard.split]]
 
 
-def _source(config: SweepConfig, supply: Supply, sources: Sources, data: TokenData) -> TargetSource:
+def source_of(config: SweepConfig, supply: Supply, sources: Sources, data: TokenData) -> TargetSource:
+    """The store that the sweep takes, whether or not it is there."""
     assert supply.mode != "live" and sources.teacher is not None
     projects = supply.mode == "projection"
     recipe = stores.Recipe(
@@ -126,8 +114,12 @@ def _source(config: SweepConfig, supply: Supply, sources: Sources, data: TokenDa
         head=models.identity(sources.student.path, sources.student.revision) if projects else None,
     )
     folder = config.targets_folder / recipe.key
-    where = str(folder.resolve() if isinstance(folder, Path) else folder)
-    return TargetSource(where, recipe, _bytes_of_row(recipe, sources), config.storage.scratch)
+    return TargetSource(address(folder), recipe, _bytes_of_row(recipe, sources), config.storage.scratch)
+
+
+def asks_a_worker(config: SweepConfig, dtype: str) -> bool:
+    """Does it take a Ray to know which store a sweep takes?"""
+    return dtype == "auto" and bool(config.resources.address or config.resources.gpus_per_worker)
 
 
 def _dtype_of_workers(config: SweepConfig, name: str) -> str:
@@ -137,7 +129,7 @@ def _dtype_of_workers(config: SweepConfig, name: str) -> str:
     def resolved() -> str:
         return str(devices.resolve_dtype(name, devices.local_device()))
 
-    if name != "auto" or not (config.resources.address or config.resources.gpus_per_worker):
+    if not asks_a_worker(config, name):
         return resolved()
     worker = ray.remote(resolved).options(
         num_cpus=config.resources.cpus_per_worker,
@@ -145,42 +137,6 @@ def _dtype_of_workers(config: SweepConfig, name: str) -> str:
         accelerator_type=config.resources.accelerator_type,
     )
     return ray.get(worker.remote())
-
-
-@contextmanager
-def _sole_builder(folder: Folder, announce: Announce) -> Iterator[None]:
-    """Of sweeps that need the same store at once, one fills it, and the others find it whole."""
-    with _lock(folder, announce) if isinstance(folder, Path) else _waited_lease(folder, announce):
-        yield
-
-
-@contextmanager
-def _waited_lease(folder: Folder, announce: Announce) -> Iterator[None]:
-    with ExitStack() as stack:
-        while True:
-            try:
-                stack.enter_context(lease(folder))
-                break
-            except Held:
-                announce(WAITING)
-                time.sleep(5)
-        yield
-
-
-@contextmanager
-def _lock(folder: Path, announce: Announce) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = inventory.lock_of(folder)
-    while True:
-        try:
-            lock.acquire(timeout=5)
-            break
-        except filelock.Timeout:
-            announce(WAITING)
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _check_pays(config: SweepConfig, data: TokenData, tokens_of_trials: int | None) -> None:
@@ -198,11 +154,6 @@ def _bytes_of_row(recipe: stores.Recipe, sources: Sources) -> int:
     assert source is not None
     own = models.read_config(source.path, source.revision, source.trust_remote_code, where)
     return row_bytes(mode, int(own.get_text_config().hidden_size))
-
-
-def _check_disk(folder: Path, data: TokenData, lacking: list[stores.Shard], bytes_of_row: int) -> None:
-    needed = bytes_of_row * sum(stores.num_rows(data.split(shard.split), shard) for shard in lacking)
-    inventory.check_room(folder.parent, needed)
 
 
 def _fill(
@@ -249,7 +200,8 @@ def _fill(
             try:
                 told = ray.get(done[0])
             except ray.exceptions.RayTaskError as error:
-                raise error.cause if isinstance(error.cause, ConfigError) else TargetsFailed(_last_line(error)) from None
+                own = isinstance(error.cause, (ConfigError, TargetsFailed))
+                raise error.cause if own else TargetsFailed(_last_line(error)) from None
             except ray.exceptions.RayError as error:  # its process died
                 failures = bill.restarts = failures + 1
                 if failures > resources.max_failures:
@@ -289,9 +241,9 @@ class _Bill:
         """`told`: what stands in the shard's record."""
         self._write("filled", shard=shard, **told)
 
-    def catch_up(self, cut: list[stores.Shard]) -> None:
-        """Shards whose driver was killed before it heard of them: their records name its turn."""
-        before = account(self.journal.events() if self.journal is not None else (), ())
+    def catch_up(self, cut: list[stores.Shard], past: Sequence[dict[str, Any]]) -> None:
+        """Shards whose driver was killed before it heard of them: their records name its turn. `past`: the journal's events."""
+        before = account(past, ())
         if not before.fills:
             return
         for shard in cut:
@@ -309,7 +261,7 @@ class _Bill:
             filled=num_filled,
             tokens=num_tokens(data, cut),
             rows=sum(stores.read_record(self.folder, shard.name)["rows"] for shard in cut),
-            labels=sum(stores.num_rows(data.split(shard.split), shard) for shard in cut),
+            labels=sum(num_rows(data, cut).values()),
             restarts=self.restarts,
             seconds=time.monotonic() - self.started,
         )
@@ -317,6 +269,11 @@ class _Bill:
     def _write(self, event: str, **fields: Any) -> None:
         if self.journal is not None:
             self.journal.write(event, NO_TRIAL, **fields)
+
+
+def num_rows(data: TokenData, wanted: list[stores.Shard]) -> dict[str, int]:
+    """Name of a shard → its scored positions."""
+    return {shard.name: stores.num_rows(data.split(shard.split), shard) for shard in wanted}
 
 
 def num_tokens(data: TokenData, wanted: list[stores.Shard]) -> int:
@@ -352,6 +309,18 @@ class _Speed:
         return self.seen, rate
 
 
+@contextmanager
+def _writing(what: str) -> Iterator[None]:
+    """A full disk, or an object store that does not answer. What was half written is gone again."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise TargetsFailed(
+            f"the teacher's targets: {what} cannot be written ({reason}); once it can, the same command goes on where it was"
+        ) from None
+
+
 class _Builder:
     """Holds the teacher, and fills a shard at a time."""
 
@@ -372,7 +341,8 @@ class _Builder:
         teacher = load_source(sources.teacher, dtype, device, "teacher.model")
         self.teacher = filling.Teacher(recipe, teacher, open_data(sources.data), sources.pad_id, head)
         if recipe.mode == "hidden":
-            stores.write_head(self.folder, self.teacher.head)
+            with _writing(f"{self.folder}"):
+                stores.write_head(self.folder, self.teacher.head)
         return {"tokens": 0}
 
     def fill(self, shard: stores.Shard) -> dict[str, Any]:
@@ -381,5 +351,6 @@ class _Builder:
         tensors = self.teacher.fill(shard)
         seconds = time.monotonic() - started
         told = {"fill": self.turn, "tokens": self.teacher.tokens_seen - before, "seconds": seconds}
-        stores.write_shard(self.folder, shard, tensors, told)
+        with _writing(f"{self.folder / shard.name}"):
+            stores.write_shard(self.folder, shard, tensors, told)
         return told

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from neo_ray import local, refusals, uploads
 from neo_ray.config import SweepConfig
@@ -106,12 +106,18 @@ def connected(config: SweepConfig, sources: Sources, supply: Supply, announce: A
 
 
 def stand(
-    config: SweepConfig, sources: Sources, supply: Supply, room: Room, announce: Announce, journal: Journal | None = None
+    config: SweepConfig,
+    sources: Sources,
+    supply: Supply,
+    room: Room,
+    announce: Announce,
+    journal: Journal | None = None,
+    past: Sequence[dict[str, Any]] = (),
 ) -> Sources:
     """The sources with the student that is cut from the teacher, and with a whole store where the teacher is not alive.
 
     Args:
-        journal: is told what the store takes.
+        journal: is told what the store takes; `past`: its events so far.
 
     Raises:
         ConfigError, TargetsFailed: as `builder.stored_targets`.
@@ -120,7 +126,23 @@ def stand(
     from neo_ray.prepare import make_student
 
     sources = make_student(config, sources, announce)
-    return stored_targets(config, supply, sources, room.builders, room.plan.tokens_of_all, announce, journal)
+    return stored_targets(config, supply, sources, room.builders, room.plan.tokens_of_all, announce, journal, past)
+
+
+def mend(config: SweepConfig, sources: Sources, supply: Supply, announce: Announce, journal: Journal) -> None:
+    """Fill again what of the store that trials read is not as it was written; one worker may, in a lost one's place.
+
+    Raises:
+        ConfigError, TargetsFailed: as `builder.stored_targets`.
+    """
+    from neo_ray.builder import stored_targets
+
+    stored_targets(with_store(config, supply), supply, sources, 1, None, announce, journal, list(journal.events()))
+
+
+def with_store(config: SweepConfig, supply: Supply) -> SweepConfig:
+    """The sweep that asks for its store by name: under `auto` it might go without."""
+    return config.model_copy(update={"targets": config.targets.model_copy(update={"mode": supply.mode})})
 
 
 def _train_split(sources: Sources) -> TrainSplit:

@@ -177,9 +177,10 @@ def apply(records: dict[str, TrialRecord], event: dict[str, Any]) -> None:
                 setattr(record, name, max(getattr(record, name), event[name]))
 
 
-def settle(journal: Journal) -> list[TrialRecord]:
-    """The records, with an end for each trial that the scheduler stopped and whose slot died before it saw that."""
-    records = fold(journal.events())
+def settle(journal: Journal, events: Iterable[dict[str, Any]]) -> list[TrialRecord]:
+    """The records of a journal's events, with an end for each trial that the scheduler stopped and whose slot died before it
+    saw that."""
+    records = fold(events)
     for record in records:
         if record.stopped and not record.finished:
             apply({record.id: record}, journal.write("end", record.id, state="PRUNED", settled=True))

@@ -24,7 +24,7 @@ from neo_ray.board import kind_of
 from neo_ray.config import ResourcesConfig
 from neo_ray.records import Stop
 from neo_ray.settings import TrialConfig
-from neo_ray.storage import Folder, at
+from neo_ray.storage import Damaged, Folder, at
 
 NAMESPACE = "neo_ray"
 MEMORY_GROWTH = (1.5, 500e6)  # resident bytes after a trial: what the first of its shape left, by a factor and a term
@@ -121,9 +121,9 @@ class Worker:
         log.info("trial %s begins: %s", trial_id, trial.model_dump_json())
         try:
             end = self._train(trial_id, trial, taken)
-        except LoadError:
-            log.exception("the models do not load")
-            self._tell("give_back", self.job.slot, trial_id)
+        except (LoadError, Damaged):
+            log.exception("the models do not load, or the targets are not what was written")
+            ray.get(self.board.give_back.remote(self.job.slot, trial_id))  # by whichever rank sees it
             raise
         except Exception as error:
             log.exception("trial %s failed", trial_id)
@@ -170,7 +170,7 @@ class Worker:
             try:
                 self.parts = load_parts(self.job.sources, trial, self.device)
             except Exception as error:
-                if devices.is_out_of_memory(error):
+                if devices.is_out_of_memory(error) or isinstance(error, Damaged):
                     raise
                 raise LoadError(f"the models or the data cannot be loaded: {type(error).__name__}: {error}") from error
         loaded = time.time()
@@ -264,9 +264,17 @@ class SlotRunner(threading.Thread):
     It ends when its node left; whether there is room for another is the keeper's to say.
     """
 
-    def __init__(self, job: SlotJob, resources: ResourcesConfig, board: Any, announce: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        job: SlotJob,
+        resources: ResourcesConfig,
+        board: Any,
+        announce: Callable[[str], None],
+        mend: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`mend`: makes again what of the store of targets is not as it was written."""
         super().__init__(daemon=True, name=f"slot-{job.slot}")
-        self.job, self.resources, self.board, self.announce = job, resources, board, announce
+        self.job, self.resources, self.board, self.announce, self.mend = job, resources, board, announce, mend
         self.error: str | None = None
         self.broken = False
         """Its workers died again and again."""
@@ -292,7 +300,19 @@ class SlotRunner(threading.Thread):
                 self.announce(f"slot {self.job.slot} lost its workers{f' in trial {trial}' if trial else ''}: {message}")
                 if cause == "preempted":
                     return
+                if _found_damage(error) and not self._mended():
+                    break
         self.broken = not self.closing
+
+    def _mended(self) -> bool:
+        """False where the store cannot be made whole; `error` says why."""
+        try:
+            self.mend()
+        except Exception as error:
+            logging.getLogger("neo_ray").exception("the store of targets could not be mended")
+            self.error = str(error)
+            return False
+        return True
 
     def _trainer(self) -> Any:
         per_worker: dict[str, float] = {"CPU": self.resources.cpus_per_worker}
@@ -322,6 +342,11 @@ class SlotRunner(threading.Thread):
                 worker_runtime_env={"env_vars": env},
             ),
         )
+
+
+def _found_damage(error: BaseException) -> bool:
+    """Did a worker find that its store of targets is not what was written?"""
+    return any(isinstance(failure, Damaged) for failure in getattr(error, "worker_failures", {}).values())
 
 
 def _why(error: BaseException, nodes: set[str]) -> tuple[str, str]:

@@ -30,7 +30,7 @@ class Keeper(threading.Thread):
         self.board, self.make, self.look, self.announce = board, make, look, announce
         self.places = places
         self.runners: list[SlotRunner] = []
-        self.closing = False
+        self.closing = threading.Event()
         self.drained: set[int] = set()
 
     @property
@@ -65,12 +65,13 @@ class Keeper(threading.Thread):
             runner.start()
 
     def run(self) -> None:
-        while not self.closing:
+        while True:
             try:
                 self.keep()
             except Exception:  # a question that was not answered is asked again
                 logging.getLogger("neo_ray").exception("the slots could not be looked after")
-            threading.Event().wait(SECONDS_BETWEEN_LOOKS)
+            if self.closing.wait(SECONDS_BETWEEN_LOOKS):
+                return
 
     def keep(self) -> None:
         """One look: end the slots on nodes that leave, and begin those that are missing."""
@@ -85,5 +86,5 @@ class Keeper(threading.Thread):
                 self.drained.add(slot)
                 self.announce(f"slot {slot} ends: its node is about to leave")
                 self.board.let_go.remote(slot, "drained")
-        if not self.closing:
+        if not self.closing.is_set():
             self.begin(trials - len(self.staying))

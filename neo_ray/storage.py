@@ -186,6 +186,11 @@ def at(place: str, scratch: str | None = None) -> Folder:
     return Remote(place.rstrip("/"), scratch) if is_url(place) else Path(place).expanduser()
 
 
+def address(folder: Folder) -> str:
+    """The same place in any working folder."""
+    return str(folder.resolve() if isinstance(folder, Path) else folder)
+
+
 def scratch_folder(setting: str | None) -> Path:
     """Of this machine; variables in the setting (`$TMPDIR/…`) have the values that they have here."""
     if setting:

@@ -13,8 +13,9 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ from torch import Tensor
 from neo_ray import models, staging
 from neo_ray.data import Split, TokenData
 from neo_ray.records import write_atomically
-from neo_ray.storage import Folder, Remote
+from neo_ray.storage import Damaged, Folder, Remote
 from neo_ray.storage import checksum as _checksum
 from neo_ray.supply import SHARD_BYTES
 
@@ -142,9 +143,18 @@ def _write(
 
 def is_whole(folder: Folder, name: str, rows: int | None = None) -> bool:
     """Is a file as it was written, by its checksum (in an object store by its size), and has it so many rows?"""
-    if isinstance(folder, Remote):
-        found = staging.recorded(folder)
-        return name in found and rows in (None, found[name])
+    return _looked_at(folder)(name, rows)
+
+
+def _looked_at(folder: Folder) -> Callable[[str, int | None], bool]:
+    """`is_whole` of a store's files, of which an object store lists all at once."""
+    if not isinstance(folder, Remote):
+        return partial(_is_whole_here, folder)
+    found = staging.recorded(folder)
+    return lambda name, rows: name in found and rows in (None, found[name])
+
+
+def _is_whole_here(folder: Path, name: str, rows: int | None) -> bool:
     path = folder / f"{name}.safetensors"
     try:
         record = json.loads((folder / f"{name}.json").read_text())
@@ -153,17 +163,15 @@ def is_whole(folder: Folder, name: str, rows: int | None = None) -> bool:
         return False
 
 
-def head_is_whole(folder: Folder, recipe: Recipe) -> bool:
-    """A store of hidden states alone has one."""
-    return recipe.mode != "hidden" or is_whole(folder, HEAD)
+def missing(folder: Folder, data: TokenData, wanted: list[Shard], with_head: bool = False) -> list[Shard]:
+    """Shards that are not there, or not as they were written.
 
-
-def missing(folder: Folder, data: TokenData, wanted: Iterable[Shard]) -> list[Shard]:
-    """Shards that are not there, or not as they were written."""
-    if isinstance(folder, Remote):
-        found = staging.recorded(folder)
-        return [shard for shard in wanted if found.get(shard.name) != num_rows(data.split(shard.split), shard)]
-    return [shard for shard in wanted if not is_whole(folder, shard.name, num_rows(data.split(shard.split), shard))]
+    Args:
+        with_head: the teacher's head belongs to the store. It comes with any that is filled: the first, if no other is missing.
+    """
+    whole = _looked_at(folder)
+    found = [shard for shard in wanted if not whole(shard.name, num_rows(data.split(shard.split), shard))]
+    return wanted[:1] if with_head and not found and not whole(HEAD, None) else found
 
 
 def write_head(folder: Folder, head: models.Head) -> None:
@@ -176,7 +184,7 @@ def write_head(folder: Folder, head: models.Head) -> None:
 
 def _read_head(folder: Path, device: torch.device) -> models.Head:
     if not is_whole(folder, HEAD):
-        raise RuntimeError(f"targets: {folder / HEAD}.safetensors is not what was written; run the sweep again")
+        raise Damaged(f"targets: {folder / HEAD}.safetensors is not what was written; run the sweep again")
     with safe_open(folder / f"{HEAD}.safetensors", framework="pt") as file:
         tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}
         return models.Head(tensors["weight_VH"], tensors.get("bias_V"), **json.loads(file.metadata()["head"]))
@@ -214,7 +222,7 @@ class Store:
         """(c_NH fp16, constant_N fp32), (hidden_NG fp16,) or a `TopK`'s three, of scored positions, in order.
 
         Raises:
-            RuntimeError: a shard is not what was written (`Damaged` where it comes from an object store).
+            Damaged: a shard is not what was written.
         """
         split = self.data.split(split_name)
         if split_name not in self.places:
@@ -234,9 +242,7 @@ class Store:
     def _open(self, shard: Shard, split: Split) -> Any:
         if shard.name not in self.opened:
             if not self._is_whole(shard.name, num_rows(split, shard)):
-                raise RuntimeError(
-                    f"targets: {self.folder / shard.name}.safetensors is not what was written; run the sweep again"
-                )
+                raise Damaged(f"targets: {self.folder / shard.name}.safetensors is not what was written; run the sweep again")
             self.opened[shard.name] = safe_open(self.folder / f"{shard.name}.safetensors", framework="pt")
         return self.opened[shard.name]
 

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from neo_ray import ground, loading, local, uploads
+from neo_ray import door, ground, loading, local, uploads
 from neo_ray.config import SweepConfig
 from neo_ray.phases import Phase, at_its_path, check_seeds_are_fresh, phases_of, planned_trials, trials_left
 from neo_ray.plan import make_plan
@@ -27,7 +27,7 @@ from neo_ray.plan_text import render
 from neo_ray.settings import ConfigError
 from neo_ray.supply import Supply
 from neo_ray.trials import differences, retried
-from neo_ray.warm import check_same_models, warm_trials
+from neo_ray.warm import Warm, check_same_models, warm_trials
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,27 +43,23 @@ def main(argv: list[str] | None = None) -> int:
     if threading.current_thread() is threading.main_thread():  # a job in the background ignores it, and our own watchdogs use it
         signal.signal(signal.SIGINT, signal.default_int_handler)
         _end_on_sigterm(terminated)
-    try:
+    with door.end(out_of_reach=door.FAILED) as end:
         config = _load(asked.file, asked.overrides, asked.address)
         if asked.dry_run:
-            print(render(make_plan(config, overrides=asked.overrides)))
-            checks = (ground.check_accelerator, _check_earlier, *local.CHECKS, local.check_room)
-            for check in (lambda _: _check_same_sweep(config, asked.fresh), *checks):
-                try:
-                    check(config)
-                except ConfigError as error:
-                    print(f"   would be refused: {error}")
-            return 0
-        return run(config, phases_of(config), asked.fresh, asked.retry_failed)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 128 + (signal.SIGTERM if terminated.is_set() else signal.SIGINT)
-    except BrokenPipeError:  # `… | head`
-        sys.stderr.close()
-        return 0
+            _dry_run(config, asked.overrides, asked.fresh)
+        else:
+            end.code = run(config, phases_of(config), asked.fresh, asked.retry_failed)
+    return 128 + signal.SIGTERM if end.code == door.INTERRUPTED and terminated.is_set() else end.code
+
+
+def _dry_run(config: SweepConfig, overrides: list[str], fresh: bool) -> None:
+    print(render(make_plan(config, overrides=overrides)))
+    checks = (ground.check_accelerator, _check_earlier, *local.CHECKS, local.check_room)
+    for check in (lambda _: _check_same_sweep(config, fresh), *checks):
+        try:
+            check(config)
+        except ConfigError as error:
+            print(f"   would be refused: {error}")
 
 
 def _end_on_sigterm(terminated: threading.Event) -> None:
@@ -100,7 +96,7 @@ def run(config: SweepConfig, phases: tuple[Phase, ...], fresh: bool = False, ret
     ground.check_writable(config)
     _check_same_sweep(config, fresh)
     ground.check(config)
-    _check_earlier(config)
+    warm = _check_earlier(config)
     refuse_if_held(config.results)
     announce(f"sweep {config.name}: preparing")
     sources, supply = ground.prepared(config, announce)
@@ -112,8 +108,8 @@ def run(config: SweepConfig, phases: tuple[Phase, ...], fresh: bool = False, ret
     for phase in phases:
         with at_its_path(phase.name):
             check_same_models(phase.config, identity)
-        for warm in warm_trials(phase.config, phase.space):
-            announce(warm.text)
+    for earlier in warm:
+        announce(earlier.text)
     events = [] if fresh else list(Journal(config.results).events())
     records, code = retried(fold(events), retry_failed), 0
     check_seeds_are_fresh(phases, records)
@@ -144,6 +140,7 @@ def _run_on_ray(
     announce: Any,
 ) -> int:
     """Connect, check what concerns the cluster, and only then take the folder and run. Nothing is written before that."""
+    from neo_ray.budget import hours_of
     from neo_ray.builder import TargetsFailed
     from neo_ray.lease import LeaseLost, lease
     from neo_ray.progress import Progress
@@ -159,15 +156,24 @@ def _run_on_ray(
             shutil.rmtree(config.folder / "ray", ignore_errors=True)  # an earlier driver's: the records are the truth
             _write_contract(config, identity)
             log_to(config.folder / "logs" / "driver.log")
-            sources = ground.stand(config, sources, supply, room, announce, Journal(config.results))
-            records = retried(settle(Journal(config.results)), retry_failed)
+            journal = Journal(config.results)
+            past = list(journal.events())
+            sources = ground.stand(config, sources, supply, room, announce, journal, past)
+            records = retried(settle(journal, past), retry_failed)
+            mending = threading.Lock()  # of slots that found the same damage, one has it mended
+
+            def mend() -> None:
+                with mending:
+                    ground.mend(config, sources, supply, announce, journal)
+
             announce("starting workers (they load the models once, for all trials)")
             try:
                 with Progress(config, console, planned_trials(phases, records), room.slots, records) as progress:
-                    run_trials(config, phases, sources, records, room.slots, progress, lost, room.plan.least_memory_bytes)
+                    least = room.plan.least_memory_bytes
+                    run_trials(config, phases, sources, records, room.slots, progress, lost, least, mend, hours_of(past))
             finally:
                 if not lost.is_set():
-                    write_records(config.folder, fold(Journal(config.results).events()))
+                    write_records(config.folder, fold(journal.events()))
                     uploads.publish(config.results, "trials.jsonl", "logs/driver.log")
         return 0
     except (SweepFailed, TargetsFailed, LeaseLost) as error:
@@ -205,11 +211,13 @@ def _check_same_sweep(config: SweepConfig, fresh: bool) -> None:
         )
 
 
-def _check_earlier(config: SweepConfig) -> None:
-    """A path of `sampler.warm_start` without records."""
+def _check_earlier(config: SweepConfig) -> list[Warm]:
+    """What the paths of `sampler.warm_start` hold, phase by phase. Raises ConfigError at one without records."""
+    found: list[Warm] = []
     for phase in phases_of(config):
         with at_its_path(phase.name):
-            warm_trials(phase.config, phase.space)
+            found += warm_trials(phase.config, phase.space)
+    return found
 
 
 def _set_aside(config: SweepConfig) -> None:

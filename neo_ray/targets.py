@@ -10,14 +10,16 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
-from neo_ray import ground, inventory, loading
+from neo_ray import door, ground, inventory, loading
 from neo_ray.config import StorageConfig, SweepConfig
 from neo_ray.inventory import Stored
 from neo_ray.mistakes import guess
 from neo_ray.plan import size_text
 from neo_ray.settings import ConfigError
+from neo_ray.supply import Supply
 
 SECONDS_A_DAY = 24 * 60 * 60
 COLUMNS = ("key", "mode", "teacher", "student", "data", "tokens", "size", "last used", "state")
@@ -32,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     build_door.add_argument("file", metavar="FILE", help="sweep file (YAML)")
     build_door.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.max_length=512")
     verify_door = doors.add_parser("verify", help="read every shard's checksum")
-    verify_door.add_argument("keys", nargs="*", metavar="KEY", help="which stores; all by default")
+    verify_door.add_argument("keys", nargs="*", metavar="KEY|FILE", help="which stores, or whose sweep file; all by default")
     verify_door.add_argument(
         "--delete", action="store_true", help="remove broken shards, so that the next sweep fills them again"
     )
@@ -41,43 +43,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     prune_door.add_argument("--older-than", type=float, metavar="DAYS", help="those that no sweep took for so long")
     prune_door.add_argument("--key", nargs="+", dest="keys", metavar="KEY", default=[], help="these")
     prune_door.add_argument("--dry-run", action="store_true", help="say what would be removed")
-    for door in (verify_door, list_door, prune_door):
-        door.add_argument("--cache", type=Path, metavar="DIR", default=Path(StorageConfig().cache), help="storage.cache")
+    for one in (verify_door, list_door, prune_door):
+        one.add_argument("--cache", type=Path, metavar="DIR", default=Path(StorageConfig().cache), help="storage.cache")
     asked = parser.parse_args(argv)
     if asked.door == "prune" and asked.older_than is None and not asked.keys:
         prune_door.error("say which: --older-than DAYS or --key KEY …")
-    try:
-        if asked.door == "build":
-            return build(loading.load(asked.file, asked.overrides))
-        found = inventory.stores_in(asked.cache.expanduser())
-        if asked.door == "list":
-            return show(found)
-        if asked.door == "verify":
-            return verify(chosen(found, asked.keys) if asked.keys else found, asked.delete)
-        old = [] if asked.older_than is None else [s for s in found if days_unused(s) >= asked.older_than]
-        return prune(list(dict.fromkeys(s.folder for s in [*old, *chosen(found, asked.keys)])), asked.dry_run)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    except OSError as error:
-        print(f"error: {error.filename or asked.door}: {error.strerror or error}", file=sys.stderr)
-        return 2
+    with door.end() as end:
+        end.code = _run(asked)
+    return end.code
+
+
+def _run(asked: argparse.Namespace) -> int:
+    if asked.door == "build":
+        return build(loading.load(asked.file, asked.overrides))
+    found = inventory.stores_in(asked.cache.expanduser())
+    if asked.door == "list":
+        return show(found)
+    if asked.door == "verify":
+        files = [word for word in asked.keys if Path(word).is_file()]
+        named = [*map(store_of, files), *chosen(found, [word for word in asked.keys if word not in files])]
+        return verify(named if asked.keys else found, asked.delete)
+    old = [] if asked.older_than is None else [s for s in found if days_unused(s) >= asked.older_than]
+    return prune(list(dict.fromkeys(s.folder for s in [*old, *chosen(found, asked.keys)])), asked.dry_run)
 
 
 def build(config: SweepConfig) -> int:
     """Fill the store of a sweep as the sweep would, also where it would not pay for that sweep alone. Raises ConfigError."""
     ground.check_writable(config)
-    supply = ground.check(config)
-    if supply.mode == "live":
-        raise ConfigError(f"targets.mode: this sweep takes no store, as the teacher runs in every trial: {supply.why}")
+    _refuse_live(ground.check(config))
     sources, supply = ground.prepared(config, announce)
     from neo_ray.builder import TargetsFailed
 
-    by_name = config.targets.model_copy(update={"mode": supply.mode})  # who builds asks for a store: `auto` might go without
-    config = config.model_copy(update={"targets": by_name})
+    config = ground.with_store(config, supply)
     try:
         with ground.connected(config, sources, supply, announce) as room:
             announce(f"{room.capacity}: room for {room.builders} teachers at a time")
@@ -89,6 +86,29 @@ def build(config: SweepConfig) -> int:
     size = f", {size_text(inventory.bytes_in(targets.place))}" if isinstance(targets.place, Path) else ""
     announce(f"the store is whole: {targets.folder}{size}")
     return 0
+
+
+def store_of(file: str) -> Stored:
+    """The store on this machine's disk that the sweep of a file takes. Raises ConfigError where it takes none."""
+    config = loading.load(file)
+    _refuse_live(ground.check(config))
+    sources, supply = ground.prepared(config, announce)
+    from neo_ray.builder import asks_a_worker, source_of
+    from neo_ray.data import open_data
+    from neo_ray.prepare import make_student
+
+    sources = make_student(config, sources, announce)
+    ray = ground.connected(config, sources, supply, announce) if asks_a_worker(config, supply.dtype) else nullcontext()
+    with ray:
+        folder = source_of(config, supply, sources, open_data(sources.data)).place
+    if not isinstance(folder, Path):
+        raise ConfigError(f"{file}: targets.path: {folder} is not on this machine; a sweep reads checksums as it brings shards")
+    return Stored(folder, inventory.facts_of(folder))
+
+
+def _refuse_live(supply: Supply) -> None:
+    if supply.mode == "live":
+        raise ConfigError(f"targets.mode: this sweep takes no store, as the teacher runs in every trial: {supply.why}")
 
 
 def announce(text: str) -> None:

@@ -8,6 +8,7 @@ import threading
 import time
 import uuid
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ def run_trials(
     progress: Progress,
     lost: threading.Event,
     worker_bytes: int = 0,
+    mend: Callable[[], None] = lambda: None,
+    hours: float = 0.0,
 ) -> None:
     """Run what is still to be run of a sweep. Returns when all trials have ended; the journal holds what happened.
 
@@ -60,6 +63,8 @@ def run_trials(
         slots: how many there may be at once as the cluster is now.
         worker_bytes: what a worker of the largest trial takes, where known: for nodes that come later.
         lost: set when the folder is another driver's: nothing more is written.
+        mend: makes again what of the store of targets workers found damaged.
+        hours: in which earlier drivers ran this sweep.
 
     Raises:
         SweepFailed: workers die at once, again and again, or what happens cannot be written down.
@@ -71,14 +76,14 @@ def run_trials(
         .options(name=name, namespace=NAMESPACE, num_cpus=0, resources=HEAD, max_concurrency=1000)
         .remote(config.resources.max_failures)
     )
-    recorder = _Recorder(config, phases[0].space, records, board, progress, lost)
+    recorder = _Recorder(config, phases[0].space, records, board, progress, lost, hours)
     results = config.results.resolve() if isinstance(config.results, Path) else config.results
     folder, silence_seconds = str(results), 60 * config.resources.silence_minutes
     alone, scratch = not config.resources.address, config.storage.scratch
 
     def make(slot: int) -> SlotRunner:
         job = SlotJob(slot, name, sources, folder, silence_seconds, scratch)
-        return SlotRunner(job, config.resources, board, progress.say)
+        return SlotRunner(job, config.resources, board, progress.say, mend)
 
     def look() -> tuple[int, set[str]]:
         return cluster.places(config.resources, cluster.present(alone=alone), worker_bytes), cluster.draining()
@@ -114,7 +119,8 @@ def run_trials(
 
 def _end(keeper: Keeper, recorder: _Recorder, board: Any) -> None:
     """Slots put their trials and models away, and only then nobody listens any more. A slot that waits for a node is left."""
-    recorder.ending = keeper.closing = True
+    recorder.ending = True
+    keeper.closing.set()
     for runner in keeper.runners:
         runner.closing = True
     deadline = time.monotonic() + SECONDS_TO_END
@@ -242,11 +248,12 @@ class _Recorder(threading.Thread):
         board: Any,
         progress: Progress,
         lost: threading.Event,
+        hours_before: float = 0.0,
     ) -> None:
         super().__init__(daemon=True, name="recorder")
         self.config, self.space, self.board, self.progress, self.lost = config, space, board, progress, lost
         self.journal = Journal(config.results)
-        self.hours_before, self.begun, self.spent = hours_of(self.journal.events()), time.time(), ""
+        self.hours_before, self.begun, self.spent = hours_before, time.time(), ""
         self.journal.write(SESSION, "")
         progress.hours = self.hours
         self.records = {record.id: record for record in records}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,10 +16,11 @@ from doors import finish, start, sweep_file
 from test_faults import FAULT
 from tiny import World
 
-from neo_ray import builder
+from neo_ray import builder, targets
 from neo_ray.account import account
 from neo_ray.records import Journal, TrialRecord, load_records
 from neo_ray.settings import ConfigError
+from neo_ray.storehouse import storehouse
 
 SETTINGS: dict[str, Any] = {
     "search": {"kd_ratio": {"grid": [0.5, 1.0]}},
@@ -37,7 +39,7 @@ DYING = """
 target = "neo_ray.stores"
 
 def inject(stores):
-    import os, pathlib
+    import os, pathlib, signal
     stores.SHARD_BYTES = 2**16
     write_shard = stores.write_shard
 
@@ -45,7 +47,7 @@ def inject(stores):
         mark = pathlib.Path(__file__).with_name("died")
         if shard.name == "train-00001" and not mark.exists():
             mark.touch()
-            os._exit(1)
+            os.kill(os.getpid(), signal.SIGKILL)
         return write_shard(folder, shard, *rest)
 
     stores.write_shard = dying
@@ -109,6 +111,9 @@ def test_a_teacher_that_dies_goes_on_where_it_was(tiny_world: World, tmp_path: P
     text, records = swept(tiny_world, tmp_path / "dying", "projection", fault=DYING)
     assert (tmp_path / "dying" / "died").exists()
     assert [record.state for record in records] == ["COMPLETE", "COMPLETE"], text
+    events = list(Journal(tmp_path / "dying" / "results" / "tiny").events())
+    assert account(events, records).restarts == 1 and account(events, records).builder_tokens == ALL_TOKENS
+    assert max(Counter(event["shard"] for event in events if event["event"] == "filled").values()) == 1
 
 
 @pytest.mark.slow
@@ -134,6 +139,7 @@ def test_a_store_that_was_built_ahead_serves_a_sweep_that_would_not_have_built_i
     assert process.returncode == 0, text
     assert tokens_read(text) == ALL_TOKENS and "the store is whole: " in text
     assert not (tmp_path / "results").exists()
+    assert targets.main(["verify", str(path)]) == 0, "by the key that the sweep takes"
     process = start(path)
     text = finish(process)
     assert process.returncode == 0, text
@@ -154,7 +160,7 @@ def test_a_shard_whose_driver_was_killed_is_counted_by_the_next_and_once(tmp_pat
     builder.stores.write_shard(store, cut[3], rows, {"fill": "another sweep's", "tokens": 3, "seconds": 0.5})
     builder.stores.write_shard(store, cut[4], rows)
     for _ in range(2):
-        builder._Bill(journal, store, "key").catch_up(cut)
+        builder._Bill(journal, store, "key").catch_up(cut, list(journal.events()))
         found = account(journal.events(), ())
         assert found.filled == {(killed.fill, shard.name) for shard in cut[:3]}
         assert (found.builder_tokens, found.builder_seconds) == (9, 1.5)
@@ -179,12 +185,10 @@ def test_a_disk_that_is_full_while_a_shard_is_written_leaves_no_part(monkeypatch
 
 
 def test_a_disk_too_small_is_refused_before_anything_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    data: Any = SimpleNamespace(split=lambda name: SimpleNamespace(num_labels=SimpleNamespace(__getitem__=None)))
-    monkeypatch.setattr(builder.stores, "num_rows", lambda split, shard: 10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**8))
-    shard = builder.stores.Shard("train", 0, 0, 1)
-    builder._check_disk(tmp_path, data, [shard], bytes_of_row=90)
+    house = storehouse(tmp_path / "store")
+    house.make_room(90 * 10**6)
     with pytest.raises(
         ConfigError, match=r"targets.path: the teacher's targets take 0.1 GB and .* has 0.1 GB; name a larger disk"
     ):
-        builder._check_disk(tmp_path, data, [shard], bytes_of_row=95)
+        house.make_room(95 * 10**6)

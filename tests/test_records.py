@@ -60,7 +60,7 @@ def test_a_trial_that_was_stopped_before_its_slot_died_is_pruned_when_the_sweep_
         journal.write("start", name)
     journal.write("stop", "0000")
     assert [r.finished for r in fold(journal.events())] == [False, False]
-    assert [r.state for r in settle(journal)] == ["PRUNED", "RUNNING"]
+    assert [r.state for r in settle(journal, journal.events())] == ["PRUNED", "RUNNING"]
     assert [r.state for r in fold(journal.events())] == ["PRUNED", "RUNNING"], "it is in the journal"
 
 

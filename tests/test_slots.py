@@ -12,10 +12,13 @@ import ray
 from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 
-from neo_ray import slot, slots
+from neo_ray import cluster, slot, slots
 from neo_ray.board import Board
 from neo_ray.cluster import was_preempted
+from neo_ray.settings import ConfigError
+from neo_ray.slot import SlotJob, SlotRunner
 from neo_ray.slots import Keeper
+from neo_ray.storage import Damaged
 
 
 class Idle(threading.Thread):
@@ -138,6 +141,50 @@ def test_a_slot_is_replaced_when_its_memory_creeps(monkeypatch: pytest.MonkeyPat
     for shape, why in (("lora", None), ("lora", None), ("full", None), ("lora", "recycled")):
         worker._watch_memory(shape)
         assert keeper.board.why_left.remote(7) == why, "1.5 × 2.0 GB and 0.5 GB are 3.5 GB"
+
+
+def test_a_keeper_ends_as_soon_as_it_is_told(monkeypatch: pytest.MonkeyPatch, keeper: Any) -> None:
+    monkeypatch.setattr(slots, "SECONDS_BETWEEN_LOOKS", 600)
+    keeper.start()
+    keeper.closing.set()
+    keeper.join(60)
+    assert not keeper.is_alive()
+
+
+@pytest.mark.parametrize("mendable", [True, False])
+def test_a_slot_whose_workers_find_targets_damaged_has_them_mended_before_it_begins_anew(
+    monkeypatch: pytest.MonkeyPatch, keeper: Any, mendable: bool
+) -> None:
+    monkeypatch.setattr(cluster, "was_preempted", lambda error, nodes: False)
+    happened: list[str] = []
+
+    def mend() -> None:
+        happened.append("mended")
+        if not mendable:
+            raise ConfigError("the disk is full")
+
+    def fit() -> None:
+        happened.append("begun")
+        if happened.count("begun") == 1:
+            raise WorkerGroupError("x", {1: Damaged("targets: train-00001.safetensors is not what was written")})
+
+    runner = SlotRunner(SlotJob(0, "board", None, "folder", 60), None, keeper.board, keeper.said.append, mend)  # type: ignore[arg-type]
+    runner._trainer = lambda: SimpleNamespace(fit=fit)  # type: ignore[method-assign]
+    runner.run()
+    assert happened == (["begun", "mended", "begun"] if mendable else ["begun", "mended"])
+    assert (runner.broken, runner.error == "the disk is full") == (not mendable, not mendable)
+
+
+def test_another_death_has_nothing_mended(monkeypatch: pytest.MonkeyPatch, keeper: Any) -> None:
+    monkeypatch.setattr(cluster, "was_preempted", lambda error, nodes: False)
+
+    def fit() -> None:
+        raise WorkerGroupError("x", {0: RuntimeError("Damaged")})
+
+    runner = SlotRunner(SlotJob(0, "board", None, "folder", 60), None, keeper.board, print, lambda: 1 / 0)  # type: ignore
+    runner._trainer = lambda: SimpleNamespace(fit=fit)  # type: ignore[method-assign]
+    runner.run()
+    assert runner.broken and runner.error == "Damaged"
 
 
 def test_a_death_with_its_node_is_told_from_another(monkeypatch: pytest.MonkeyPatch) -> None:

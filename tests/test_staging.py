@@ -70,7 +70,7 @@ def cut() -> list[Shard]:
 
 
 def test_rows_come_through_this_machine_s_copy(place: Remote) -> None:
-    assert len(cut()) == 5 and stores.missing(place, some_data(), cut()) == [] and stores.head_is_whole(place, RECIPE)
+    assert len(cut()) == 5 and stores.missing(place, some_data(), cut(), with_head=True) == []
     store = opened(place)
     assert store.head is not None and store.head.weight_VH.shape == (3, WIDTH)
     (rows,) = store.rows("train", [29, 0, 7], CPU)

@@ -183,15 +183,18 @@ def test_every_part_of_a_recipe_changes_its_key(pair: Pair) -> None:
 
 def test_a_store_of_hidden_states_has_the_teacher_s_head(pair: Pair, tmp_path: Path) -> None:
     store, teacher = a_store(a_recipe("hidden", pair), pair, tmp_path)
-    assert not stores.head_is_whole(tmp_path, store.recipe)
+    assert not stores.is_whole(tmp_path, stores.HEAD)
+    assert stores.missing(tmp_path, pair.tokens, store.cut) == []
+    assert stores.missing(tmp_path, pair.tokens, store.cut, with_head=True) == store.cut[:1], "whose builder writes it too"
     stores.write_head(tmp_path, teacher.head)
-    assert stores.head_is_whole(tmp_path, store.recipe)
+    assert stores.is_whole(tmp_path, stores.HEAD)
+    assert stores.missing(tmp_path, pair.tokens, store.cut, with_head=True) == []
     opened = stores.open_store(tmp_path, store.recipe, row_bytes("hidden", 64), pair.tokens, CPU)
     assert opened.head is not None and torch.equal(opened.head.weight_VH, teacher.head.weight_VH)
     content = bytearray((tmp_path / "head.safetensors").read_bytes())
     content[-1] ^= 1
     (tmp_path / "head.safetensors").write_bytes(content)
-    assert not stores.head_is_whole(tmp_path, store.recipe)
+    assert not stores.is_whole(tmp_path, stores.HEAD)
     with pytest.raises(RuntimeError, match="head.safetensors is not what was written"):
         stores.open_store(tmp_path, store.recipe, row_bytes("hidden", 64), pair.tokens, CPU)
 

@@ -191,6 +191,33 @@ def test_only_a_ray_that_was_started_here_is_shut_down(
     assert ended == [True] * started_here
 
 
+def test_the_store_of_a_sweep_file_is_verified_alone(
+    cache: Path, tiny_world: World, tokens: TokenData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = sweep_file(tiny_world, tmp_path, targets={"mode": "projection"})
+    assert targets.main(["verify", str(file)]) == 1
+    stored = targets.store_of(str(file))
+    assert stored.folder.parent == cache / "targets" and not stored.folder.exists()
+    cut = stores.shards(tokens, BYTES_OF_ROW)
+    rows = {shard.name: stores.num_rows(tokens.split(shard.split), shard) for shard in cut}
+    inventory.describe(stored.folder, {"recipe": {"mode": "projection"}}, rows)
+    write(stored.folder, tokens, cut)
+    (cache / "targets" / "abc" / "train-00001.safetensors").unlink()
+    capsys.readouterr()
+    assert targets.main(["verify", str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert f"{stored.folder.name}: {len(cut)} of {len(cut)} files whole" in shown and "abc" not in shown
+    (stored.folder / "train-00001.safetensors").write_bytes(b"short")
+    assert targets.main(["verify", str(file)]) == 1
+
+
+def test_a_sweep_without_a_store_of_its_own_has_none_to_verify(tiny_world: World, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="takes no store"):
+        targets.store_of(str(sweep_file(tiny_world, tmp_path, targets={"mode": "live"})))
+    with pytest.raises(ConfigError, match="memory://b/t/.* is not on this machine"):
+        targets.store_of(str(sweep_file(tiny_world, tmp_path, targets={"mode": "projection", "path": "memory://b/t"})))
+
+
 def test_an_unknown_key_is_refused(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert targets.main(["verify", "--cache", str(cache), "abd"]) == 2
     assert "KEY abd: no store has it (did you mean `abc`?)" in capsys.readouterr().err
