@@ -76,14 +76,12 @@ def test_one_function_serves_all_chunks_and_settings_of_a_projection(counting: C
     assert counting.graphs == 1
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("kd_ratio", [0.0, 0.4, 1.0])
-def test_settings_that_leave_terms_out(counting: Counting, kd_ratio: float, temperature: float) -> None:
+@pytest.mark.parametrize(("kd_ratio", "temperature", "smoothing"), [(0.0, 2.0, 0.2), (1.0, 2.0, 0.0), (0.4, 1.0, 0.2)])
+def test_settings_that_leave_terms_out(counting: Counting, kd_ratio: float, temperature: float, smoothing: float) -> None:
     distill = DistillConfig(kd_ratio=kd_ratio, temperature=temperature)
-    for smoothing in (0.0, 0.2):
-        both(in_chunks(distill, smoothing=smoothing), a_head())
-        both(projected(distill, a_head(), smoothing=smoothing), a_head())
-    assert counting.graphs == 4
+    both(in_chunks(distill, smoothing=smoothing), a_head())
+    both(projected(distill, a_head(), smoothing=smoothing), a_head())
+    assert counting.graphs == 2
 
 
 @pytest.mark.parametrize("kind", HEADS)
