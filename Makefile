@@ -44,7 +44,7 @@ quickstart-short: $(STAMP)
 bench: $(STAMP)
 	$(PY) -m neo_ray.bench step --out docs/benchmarks
 	$(PY) -m neo_ray.bench loss --out docs/benchmarks
-	$(PY) -m neo_ray.bench table docs/benchmarks
+	$(PY) -m neo_ray.bench table docs/benchmarks --readme README.md
 
 # torch first: its pin takes the build for a CPU on a machine whose index offers that, the one for CUDA elsewhere.
 $(STAMP): pyproject.toml constraints.txt

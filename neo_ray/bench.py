@@ -44,11 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(asked: argparse.Namespace, words: list[str]) -> int:
+    from neo_ray import bench_summary
     from neo_ray.settings import ConfigError
 
     try:
         if asked.benchmark == "table":
             update_readme(asked.folder)
+            if asked.readme is not None:
+                bench_summary.update(asked.readme, asked.folder)
             return 0
         if asked.benchmark == "reader":
             return _reader(asked)
@@ -102,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     reader.add_argument("--batch", type=_count, default=8, metavar="N", help="sequences of a step, 128 positions each (8)")
     table = benchmarks.add_parser("table", help="render a folder's JSON files into its README.md")
     table.add_argument("folder", type=Path)
+    table.add_argument("--readme", type=Path, metavar="PATH", help="also the short table of this page")
     return parser
 
 

@@ -21,7 +21,7 @@ from doors import sweep_file
 from tiny import World, make_llama
 from torch import nn
 
-from neo_ray import bench, bench_loss, bench_pairs, bench_step, bench_turns, data, models
+from neo_ray import bench, bench_loss, bench_pairs, bench_step, bench_summary, bench_turns, data, models
 from neo_ray.batches import plan_steps
 from neo_ray.bench_turns import BASELINE, Samples
 from neo_ray.config import DataConfig
@@ -281,6 +281,23 @@ def test_the_readme_s_tables_are_those_of_the_files() -> None:
     text = (RESULTS / "README.md").read_text(encoding="utf-8")
     between = text.partition(bench.BEGIN)[2].partition(bench.END)[0]
     assert between.strip() and between == "\n" + bench.rendered(RESULTS), "run: python -m neo_ray.bench table docs/benchmarks"
+
+
+def test_the_front_page_s_ratios_are_those_of_the_files(tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    between = text.partition(bench_summary.BEGIN)[2].partition(bench_summary.END)[0]
+    command = "python -m neo_ray.bench table docs/benchmarks --readme README.md"
+    assert between == "\n" + bench_summary.summary(RESULTS), f"run: {command}"
+    for path in RESULTS.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "front.md").write_text(f"before\n{bench_summary.BEGIN}\n{bench_summary.END}\nafter\n")
+    path = next(tmp_path.glob("step-*.json"))
+    result = read(path)
+    result["arms"]["neo"]["time_ratio"] = {"value": 7.891, "low": 7, "high": 8}
+    bench.write(result, path)
+    assert bench.main(["table", str(tmp_path), "--readme", str(tmp_path / "front.md")]) == 0
+    front = (tmp_path / "front.md").read_text()
+    assert "| 7.89 [7.00, 8.00] |" in front and front.startswith("before\n") and front.endswith("\nafter\n")
 
 
 def test_the_table_s_numbers_come_from_the_file(tmp_path: Path) -> None:

@@ -27,6 +27,10 @@ ROOMS = {
     ),
     "analysis": "card confirmed effects evidence guidelines paired pareto phase_text report startup statistics",
     "ray": "access board builder cluster lease mirror progress schedulers searcher slot slots storehouse tuner",
+    "doors": (
+        "analyze bench bench_loss bench_pairs bench_reader bench_step bench_summary bench_sweep bench_turns door evaluate export "
+        "ground status sweep targets"
+    ),
 }
 ROOM = {module: room for room, modules in ROOMS.items() for module in modules.split()}
 FLOOR = {"facts": 0, "training": 1, "analysis": 1, "ray": 2, "doors": 3}

@@ -25,7 +25,7 @@ from doors import ROOT, finish, start, sweep_file
 from planted import trial
 from tiny import World, make_suite, make_tokenizer, passages
 
-from neo_ray import analyze, evaluate, export, status, sweep, targets
+from neo_ray import analyze, bench, evaluate, export, status, sweep, targets
 from neo_ray.adapters import attach, save_adapter, trained_parameters
 from neo_ray.cautions import PARAMETER_OF
 from neo_ray.config import AXIS_KINDS, Axis, DataConfig, SweepConfig
@@ -38,7 +38,7 @@ from neo_ray.space import build_space
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in FILES}
-MAX_LINES = 450
+MAX_LINES = 460
 STARTS = r"python |make |ray \S+ |pip |source |optuna-dashboard "
 """What begins a command between backticks; `ray up` alone is a name."""
 
@@ -132,6 +132,11 @@ def _export(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert export.main(words) == 2 and "has no adapter any more" in capsys.readouterr().err
 
 
+def _bench(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Minutes: its options are looked at here, and each benchmark is run on small models in test_bench."""
+    assert bench._parser().parse_args(words).benchmark
+
+
 def _evaluate(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """As far as it goes without an adapter."""
     assert evaluate.main(words) == 2 and "has no adapter to ask" in capsys.readouterr().err
@@ -211,6 +216,7 @@ CHECKS: dict[str, Callable[[list[str], pytest.CaptureFixture[str]], None]] = {
     "python -m neo_ray.sweep": _sweep,
     "python -m neo_ray.analyze": _analyze,
     "python -m neo_ray.status": _status,
+    "python -m neo_ray.bench": _bench,
     "python -m neo_ray.evaluate": _evaluate,
     "python -m neo_ray.export": _export,
     "python -m neo_ray.targets": _targets,
