@@ -146,12 +146,12 @@ def show(analysis: Analysis, console: Console) -> None:
     from rich.padding import Padding
     from rich.text import Text
 
-    from neo_ray.pareto import front_lines
+    from neo_ray.pareto import front_lines, front_trials
     from neo_ray.phase_text import confirmed_lines, phase_lines
     from neo_ray.report import LEGEND, best_lines, evidence_line, noise_line, render_table, trials_table
 
     evidence = analysis.evidence
-    columns, rows = trials_table(evidence.records, evidence.metric, evidence.mode)
+    columns, rows = trials_table(evidence.records, evidence.metric, evidence.mode, front_trials(evidence))
     render_table(columns, rows[:MAX_ROWS], console)
     more = f"{len(rows) - MAX_ROWS} more trials are in report.md. " if len(rows) > MAX_ROWS else ""
     console.print(Text(f"{more}{LEGEND}.", style="dim"))

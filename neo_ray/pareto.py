@@ -13,7 +13,7 @@ from neo_ray.records import TrialRecord
 from neo_ray.searching import ObjectiveConfig
 from neo_ray.trials import setting_key
 
-UNITS = {"peak_memory_bytes": "bytes", "accelerator_seconds": "seconds × devices", "seconds": "seconds", "tokens": "tokens"}
+UNITS = {"accelerator_seconds": "seconds × devices", "seconds": "seconds", "tokens": "tokens"}
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,23 @@ def front_lines(evidence: Evidence) -> list[str]:
     front, total = front_of(evidence.records, objective)
     if not front:
         return ["No setting has a COMPLETE trial with all objectives measured."]
-    lines = [f"{len(front)} of {total} settings are beaten by no other in {' and '.join(o.metric for o in objective.all)}:"]
+    lines = [f"{len(front)} of {total} settings are beaten by no other in {', '.join(o.metric for o in objective.all)}:"]
     for member in front:
         setting = ", ".join(f"{name} {number(value, 3)}" for name, value in member.params.items()) or "the sweep's own values"
-        values = ", ".join(f"{name} {number(v)} {UNITS.get(name) or unit_of(name)}" for name, v in member.values.items())
+        values = ", ".join(f"{name} {_amount(name, value)}" for name, value in member.values.items())
         lines.append(f"{values}: {setting} ({', '.join(member.trials)})")
     return lines
+
+
+def front_trials(evidence: Evidence) -> frozenset[str]:
+    """The trials of the front; none for a sweep with one objective."""
+    objective = evidence.sweep.objective if evidence.sweep else None
+    front = front_of(evidence.records, objective)[0] if objective and objective.further else []
+    return frozenset(trial for member in front for trial in member.trials)
+
+
+def _amount(name: str, value: float) -> str:
+    return f"{number(value / 1e9)} GB" if name == "peak_memory_bytes" else f"{number(value)} {UNITS.get(name) or unit_of(name)}"
 
 
 def _member(runs: Sequence[TrialRecord], objective: ObjectiveConfig) -> Member:

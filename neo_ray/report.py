@@ -13,7 +13,7 @@ from neo_ray.config import SweepConfig
 from neo_ray.evidence import Evidence, number
 from neo_ray.guidelines import Guideline, unit_of
 from neo_ray.loading import dump, plain, validate
-from neo_ray.pareto import front_lines
+from neo_ray.pareto import front_lines, front_trials
 from neo_ray.phase_text import confirmed_lines, how_line, phase_lines
 from neo_ray.records import TrialRecord
 from neo_ray.space import build_space
@@ -56,18 +56,21 @@ class Analysis:
 
 
 def trials_table(
-    records: Sequence[TrialRecord], metric: str = "select_ce", mode: str = "min"
+    records: Sequence[TrialRecord], metric: str = "select_ce", mode: str = "min", front: frozenset[str] = frozenset()
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Column names and one row of text a trial: COMPLETE ones best first, then running, pruned and failed ones.
 
-    A parameter that is the same in all of several trials has no column.
+    A parameter that is the same in all of several trials has no column. `front`: trials that are marked as on the Pareto front.
     """
     names = dict.fromkeys(name for record in records for name in record.params)
     shown = [n for n in names if len(records) == 1 or len({repr(r.params.get(n)) for r in records}) > 1]
     seeds = "seed" not in names and len({r.seed for r in records}) > 1
-    phases = ("phase",) if len({r.phase for r in records}) > 1 else ()
-    columns = ("trial", "state", *phases, *shown, *(("seed",) if seeds else ()), *MEASURED, "tokens", "seconds", "peak GB")
-    return columns, [_trial_row(r, shown, seeds, bool(phases)) for r in ranked(records, metric, mode)]
+    ordered = ranked(records, metric, mode)
+    several = len({r.phase for r in records}) > 1
+    more = (*(("front",) if front else ()), *(("phase",) if several else ()))
+    columns = ("trial", "state", *more, *shown, *(("seed",) if seeds else ()), *MEASURED, "tokens", "seconds", "peak GB")
+    marks = {r.id: {"front": "yes" if r.id in front else "", "phase": r.phase} for r in ordered}
+    return columns, [_trial_row(r, shown, seeds, tuple(marks[r.id][name] for name in more)) for r in ordered]
 
 
 def ranked(records: Sequence[TrialRecord], metric: str, mode: str) -> list[TrialRecord]:
@@ -173,7 +176,9 @@ def markdown(analysis: Analysis) -> str:
         _curves_section(evidence),
         _failures_section(evidence.records),
         "## Noise\n\n" + _escape(noise_line(evidence)),
-        "## All trials\n\n" + _grid(*trials_table(evidence.records, evidence.metric, evidence.mode)) + f"\n\n{LEGEND}.",
+        "## All trials\n\n"
+        + _grid(*trials_table(evidence.records, evidence.metric, evidence.mode, front_trials(evidence)))
+        + f"\n\n{LEGEND}.",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -200,12 +205,12 @@ def best_yaml(sweep: SweepConfig, record: TrialRecord) -> str:
     return "".join(f"# {' '.join(line.split())}\n" for line in header) + "\n" + dump(config)
 
 
-def _trial_row(record: TrialRecord, shown: Sequence[str], seeds: bool, phases: bool) -> tuple[str, ...]:
+def _trial_row(record: TrialRecord, shown: Sequence[str], seeds: bool, more: tuple[str, ...]) -> tuple[str, ...]:
     cause = f": {record.cause or 'unknown cause'}".replace("_", " ") if record.state == "FAILED" else ""
     return (
         record.id,
         record.state + cause,
-        *((record.phase,) if phases else ()),
+        *more,
         *(number(record.params.get(name), 3) for name in shown),
         *((str(record.seed),) if seeds else ()),
         *(_metric(record.metrics.get(name)) for name in MEASURED.values()),

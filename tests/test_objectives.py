@@ -16,10 +16,10 @@ from neo_ray.config import SweepConfig
 from neo_ray.evidence import gather
 from neo_ray.loading import dump, load
 from neo_ray.mirror import Mirror, study_url
-from neo_ray.pareto import front_lines, front_of
+from neo_ray.pareto import front_lines, front_of, front_trials
 from neo_ray.phases import phases_of
 from neo_ray.records import TrialRecord, write_records
-from neo_ray.report import best_yaml, markdown
+from neo_ray.report import best_yaml, markdown, trials_table
 from neo_ray.searcher import StudySearch, open_study
 from neo_ray.settings import ConfigError
 from neo_ray.space import build_space
@@ -62,9 +62,7 @@ def test_the_front_holds_the_settings_that_no_other_beats_by_their_means() -> No
     assert [member.params["rank"] for member in front] == [8, 4, 32] and total == 5
     assert front[0].values == {"select_ce": 4.3, "peak_memory_bytes": 20, "accelerator_seconds": 30}
     lines = front_lines(gather(RECORDS, several()))
-    assert lines[0].startswith(
-        "3 of 5 settings are beaten by no other in select_ce and peak_memory_bytes and accelerator_seconds"
-    )
+    assert lines[0].startswith("3 of 5 settings are beaten by no other in select_ce, peak_memory_bytes, accelerator_seconds:")
     assert "rank 8" in lines[1] and "(0001)" in lines[1] and front_lines(gather(RECORDS, sweep(search=SEARCH))) == []
 
 
@@ -162,6 +160,9 @@ def test_the_report_shows_the_front_and_the_first_objective_chooses_the_best(tmp
     (tmp_path / "sweep.yaml").write_text(dump(several()))
     analysis = analyse(tmp_path)
     assert analysis.best is not None and analysis.best.params["rank"] == 8
+    columns, rows = trials_table(RECORDS, front=front_trials(analysis.evidence))
+    assert columns[2] == "front" and {row[0] for row in rows if row[2] == "yes"} == {"0000", "0001", "0003"}
+    assert "front" not in trials_table(RECORDS)[0]
     assert "## Pareto front" in markdown(analysis) and "- 3 of 5 settings" in markdown(analysis)
     assert [m["params"]["rank"] for m in json.loads(guidelines_json(analysis))["front"]] == [8, 4, 32]
     (tmp_path / "best.yaml").write_text(best_yaml(several(), analysis.best))
