@@ -202,6 +202,11 @@ def planned_trials(phases: Sequence[Phase], records: Sequence[TrialRecord]) -> i
     return sum(missing.get(phase.tag, 0) + sum(r.finished for r in phase.own(records)) for phase in phases)
 
 
+def orphans(phases: Sequence[Phase], records: Sequence[TrialRecord]) -> list[str]:
+    """Interrupted trials that nobody goes on with: of phases that the file has no longer."""
+    return [r.id for r in records if not r.finished and not any(phase.own([r]) for phase in phases)]
+
+
 def check_seeds_are_fresh(phases: Sequence[Phase], records: Sequence[TrialRecord]) -> None:
     """Seeds that trials of another phase have had confirm nothing, whatever the file says now. Raises ConfigError."""
     for phase in phases:

@@ -21,7 +21,7 @@ from typing import Any
 
 from neo_ray import door, ground, loading, local, uploads
 from neo_ray.config import SweepConfig
-from neo_ray.phases import Phase, at_its_path, check_seeds_are_fresh, phases_of, planned_trials, trials_left
+from neo_ray.phases import Phase, at_its_path, check_seeds_are_fresh, orphans, phases_of, planned_trials, trials_left
 from neo_ray.plan import make_plan
 from neo_ray.plan_text import render
 from neo_ray.settings import ConfigError
@@ -113,6 +113,8 @@ def run(config: SweepConfig, phases: tuple[Phase, ...], fresh: bool = False, ret
     events = [] if fresh else list(Journal(config.results).events())
     records, code = retried(fold(events), retry_failed), 0
     check_seeds_are_fresh(phases, records)
+    if lone := orphans(phases, records):
+        announce(f"interrupted trials of phases that the file has no longer are left as they are: {', '.join(lone)}")
     left = trials_left(phases, records, lambda tag: hours_of(events, tag))
     spent = exhausted(config.budget, records, hours_of(events), resuming=any(not record.finished for record in records))
     if left and spent:

@@ -16,7 +16,7 @@ from neo_ray.cautions import cautions
 from neo_ray.config import SweepConfig
 from neo_ray.loading import dump, load
 from neo_ray.mirror import Mirror, study_url
-from neo_ray.phases import Phase, best_settings, check_seeds_are_fresh, phases_of, planned_trials, trials_left
+from neo_ray.phases import Phase, best_settings, check_seeds_are_fresh, orphans, phases_of, planned_trials, trials_left
 from neo_ray.plan import make_plan
 from neo_ray.plan_text import render
 from neo_ray.records import Journal, TrialRecord, write_records
@@ -119,6 +119,13 @@ def test_a_trial_that_was_interrupted_goes_on_in_its_own_phase_first() -> None:
         phase = next(p for p in phases_of(study()) if p.name == running.phase)
         assert phase.to_run(part)[0][0][:2] == (running.id, running.params)
         assert sorted(run(study(), part), key=lambda r: r.id) == whole
+
+
+def test_an_interrupted_trial_of_a_phase_that_is_gone_is_nobodys() -> None:
+    part = run(study(), [], most=3)
+    part[1:] = [r.model_copy(update={"state": "RUNNING"}) for r in part[1:]]
+    assert orphans(phases_of(study(only("map"))), part) == ["0001"] and orphans(phases_of(study()), part) == []
+    assert orphans(phases_of(sweep(search=SEARCH)), part) == [], "a sweep without phases takes all"
 
 
 def test_the_best_are_those_with_the_best_mean_not_the_luckiest_run() -> None:
