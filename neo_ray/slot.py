@@ -190,6 +190,7 @@ class Worker:
             self.parts = self.kind = None
         end = {"state": outcome.state, "cause": outcome.cause, "error": outcome.error, "metrics": outcome.metrics}
         setup = {"setup_seconds": loaded - taken + outcome.details["setup_seconds"], "slot": self.job.slot}
+        setup["node"] = ray.util.get_node_ip_address()
         if self.idle_since is not None:
             setup["cold_start_seconds"] = self.idle_since - self.job.begun + setup["setup_seconds"]
             self.idle_since = None
