@@ -37,8 +37,8 @@ def marked(mark: str, home: Path | None = None) -> list[psutil.Process]:
     found = {}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            environment = process.environ()
-            if environment.get(MARK) == mark and (home is None or environment.get("HOME") == str(home)):
+            environment = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")  # psutil reads none behind a long title
+            if f"{MARK}={mark}".encode() in environment and (home is None or f"HOME={home}".encode() in environment):
                 found.update({one.pid: one for one in (process, *process.children(recursive=True))})
     ours = {os.getpid(), *(one.pid for one in psutil.Process().parents())}
     return [process for pid, process in found.items() if pid not in ours]
