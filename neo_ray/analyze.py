@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,32 +32,92 @@ WIDTH_OF_A_LOG = 120
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Analyse a results folder, print the findings, write the files. Exit code 2 where there is no record."""
+    """Analyse results folders or tables of trials, print the findings, write the files. Exit code 2 where there is no record."""
     parser = argparse.ArgumentParser(
-        prog="python -m neo_ray.analyze", description="Guidelines and report from a sweep's records."
+        prog="python -m neo_ray.analyze",
+        description="Guidelines and report from a sweep's records, or from somebody else's table of trials.",
     )
-    parser.add_argument("path", help="a results folder (results/<name>) or its URL, or a trials.jsonl")
-    parser.add_argument("--out", type=Path, help="where to write; the results folder by default")
-    arguments = parser.parse_args(argv)
+    parser.add_argument(
+        "path",
+        nargs="+",
+        help="results folders (results/<name>) or their URLs, a trials.jsonl, a CSV or JSONL of trials, an Optuna database "
+        "(sqlite:///…), a Ray Tune experiment folder",
+    )
+    parser.add_argument("--out", type=Path, help="where to write; by default the results folder, or <name>-report beside a table")
+    parser.add_argument("--figures", action="store_true", help="also write the figures as PNG and SVG, into figures/")
+    parser.add_argument("--param", action="append", default=[], metavar="NAME=COLUMN", help="of a table: a parameter's column")
+    parser.add_argument("--metric", metavar="COLUMN", help="of a table: what is ranked by")
+    parser.add_argument("--mode", choices=("min", "max"), default="min", help="of a table: which is better (default: min)")
+    parser.add_argument("--group", metavar="COLUMN", help="of a table: rows that differ in it are analysed apart")
+    asked = parser.parse_args(argv)
     with door.end() as end:
-        _run(arguments.path, arguments.out)
+        _run(asked)
     return end.code
 
 
-def _run(path: str, out: Path | None) -> None:
+def _run(asked: argparse.Namespace) -> None:
     from rich.console import Console
 
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH_OF_A_LOG)
     try:
-        analysis = analyse(uploads.local_copy(path))
+        found = [(path, *pair) for path in asked.path for pair in _analyses(path, asked)]
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH_OF_A_LOG)
-    show(analysis, console)
-    written = write(analysis, out or analysis.folder)
-    if out is None:
-        uploads.publish(at(path), *uploads.REPORT)
-    for file in written:
-        console.print(str(file), markup=False, soft_wrap=True)
+    for path, analysis, place in found:
+        show(analysis, console)
+        written = _written(analysis, place, asked.figures)
+        if asked.out is None and not analysis.name:
+            uploads.publish(at(path), *(str(file.relative_to(place)) for file in written))
+        for file in written:
+            console.print(str(file), markup=False, soft_wrap=True)
+    if len(found) > 1:
+        _section(console, "Side by side", side_by_side([analysis for _, analysis, _ in found]))
+
+
+def _analyses(path: str, asked: argparse.Namespace) -> list[tuple[Analysis, Path]]:
+    """The analyses of one place, and where each is written: below `--out` in a folder of its own where there are several."""
+    from neo_ray.foreign import Columns, is_foreign, place_of, read
+
+    params = dict(_param(text) for text in asked.param)
+    columns = Columns(params, asked.metric, asked.mode, asked.group)
+    if not is_foreign(path, columns):
+        analysis = analyse(uploads.local_copy(path))
+        several = len(asked.path) > 1
+        out = asked.out / analysis.folder.name if asked.out and several else asked.out
+        return [(analysis, out or analysis.folder)]
+    groups = read(path, columns)
+    out = asked.out or place_of(path)
+    several = len(groups) > 1 or len(asked.path) > 1
+    return [
+        (_analysis(group.records, None, Path(path), group.notes, (group.metric, group.mode), group.name), place)
+        for group in groups
+        if (place := out / group.folder if several else out)
+    ]
+
+
+def _param(text: str) -> tuple[str, str]:
+    name, _, column = text.partition("=")
+    return name, column or name
+
+
+def _written(analysis: Analysis, place: Path, figures: bool) -> list[Path]:
+    written = write(analysis, place)
+    if figures:
+        from neo_ray.page import charts_of
+        from neo_ray.printing import write_figures
+
+        written += write_figures(charts_of(analysis)[0].values(), place / "figures")
+    return written
+
+
+def side_by_side(analyses: Sequence[Analysis]) -> list[str]:
+    """A line a question that several groups of trials were asked, with the verdict in each."""
+    asked: dict[str, list[str]] = {}
+    for analysis in analyses:
+        for guideline in analysis.guidelines:
+            name = analysis.name or analysis.folder.name
+            asked.setdefault(guideline.hypothesis, []).append(f"{name} {guideline.verdict}")
+    return [f"{hypothesis}: {', '.join(verdicts)}" for hypothesis, verdicts in asked.items() if len(verdicts) > 1]
 
 
 def analyse(path: str | Path) -> Analysis:
@@ -66,35 +126,53 @@ def analyse(path: str | Path) -> Analysis:
     Raises:
         ValueError: there is no record.
     """
+    path = Path(path).expanduser()
+    folder = path if path.is_dir() else path.parent
+    records = _records(path)
+    sweep, notes = _sweep(folder)
+    analysis = _analysis(records, sweep, folder, notes)
+    return replace(analysis, notes=(*analysis.notes, *_teacher(folder, records)))
+
+
+def _analysis(
+    records: Sequence[TrialRecord],
+    sweep: SweepConfig | None,
+    folder: Path,
+    notes: Sequence[str],
+    objective: tuple[str, str] = ("select_ce", "min"),
+    name: str = "",
+) -> Analysis:
+    from neo_ray.effects import effects_of
     from neo_ray.evidence import for_laws, gather
     from neo_ray.guidelines import guidelines_of
     from neo_ray.report import Analysis
     from neo_ray.statistics import rank_by_learning_rate
 
-    path = Path(path).expanduser()
-    folder = path if path.is_dir() else path.parent
-    records = _records(path)
-    sweep, notes = _sweep(folder)
-    evidence = gather(records, sweep)
+    evidence = gather(records, sweep, objective)
+    laws = for_laws(evidence)
+    effects = effects_of(laws.frame, laws.axes, laws.metric, laws.mode)
     return Analysis(
         folder=folder,
         evidence=evidence,
-        guidelines=tuple(guidelines_of(evidence)),
-        matrix=rank_by_learning_rate(for_laws(evidence).frame, evidence.metric, evidence.mode),
-        notes=(*notes, *_notes(evidence), *_teacher(folder, records)),
+        guidelines=tuple(guidelines_of(evidence, effects)),
+        matrix=rank_by_learning_rate(laws.frame, evidence.metric, evidence.mode),
+        notes=(*notes, *_notes(evidence)),
+        effects=effects,
+        name=name,
     )
 
 
 def write(analysis: Analysis, folder: str | Path) -> list[Path]:
-    """Write `trials.jsonl`, `guidelines.json`, `report.md` and, where a sweep file and a winner are known, `best.yaml`.
+    """Write `trials.jsonl`, `guidelines.json`, `report.md`, `report.html`, and `best.yaml` where sweep file and winner are known.
 
     `trials.jsonl` is left alone where it is what the records were read from.
     """
+    from neo_ray.page import page
     from neo_ray.report import best_yaml, markdown
 
     folder = Path(folder).expanduser()
     records, sweep, best = list(analysis.evidence.records), analysis.evidence.sweep, analysis.best
-    texts = {"guidelines.json": guidelines_json(analysis), "report.md": markdown(analysis)}
+    texts = {"guidelines.json": guidelines_json(analysis), "report.md": markdown(analysis), "report.html": page(analysis)}
     if sweep is not None and best is not None:
         try:
             texts["best.yaml"] = best_yaml(sweep, best)
@@ -148,13 +226,13 @@ def show(analysis: Analysis, console: Console) -> None:
 
     from neo_ray.pareto import front_lines, front_trials
     from neo_ray.phase_text import confirmed_lines, phase_lines
-    from neo_ray.report import LEGEND, best_lines, evidence_line, noise_line, render_table, trials_table
+    from neo_ray.report import best_lines, evidence_line, legend, noise_line, render_table, trials_table
 
     evidence = analysis.evidence
     columns, rows = trials_table(evidence.records, evidence.metric, evidence.mode, front_trials(evidence))
     render_table(columns, rows[:MAX_ROWS], console)
     more = f"{len(rows) - MAX_ROWS} more trials are in report.md. " if len(rows) > MAX_ROWS else ""
-    console.print(Text(f"{more}{LEGEND}.", style="dim"))
+    console.print(Text(f"{more}{legend(columns)}", style="dim"))
     _section(console, "Phases", phase_lines(evidence))
     _section(console, "Best setting", best_lines(analysis))
     _section(console, "Confirmed", confirmed_lines(evidence))

@@ -69,6 +69,8 @@ class AxisEffect:
     """Share of the bootstrap draws whose best value is at that end."""
     levels: tuple[Level, ...]
     """All values of an axis that is not continuous."""
+    curve: tuple[Level, ...]
+    """The fit over the axis: at 61 points of a continuous one, else at its values; empty without a fit."""
     left_out: tuple[Any, ...]
     """Levels with too few trials to be compared."""
     adjusted_for: tuple[str, ...]
@@ -79,6 +81,11 @@ class AxisEffect:
     num_settings: int
     num_seeds: int
     ids: tuple[str, ...]
+
+
+def effects_of(frame: pd.DataFrame, axes: Sequence[str], metric: str, mode: str) -> dict[str, AxisEffect | None]:
+    """What each axis does to the metric, the others taken out; None where the trials do not tell."""
+    return {axis: axis_effect(frame, axis, metric, mode, axes) for axis in axes}
 
 
 def axis_effect(frame: pd.DataFrame, axis: str, metric: str, mode: str, others: Sequence[str] = ()) -> AxisEffect | None:
@@ -268,6 +275,7 @@ def _contrast(fit: _Fit, points: pd.DataFrame, axis: str, sign: int, counts: dic
         "edge": {0: "lowest", len(values) - 1: "highest"}.get(at) if numeric else None,
         "edge_share": float((drawn == at).mean()) if numeric and at in (0, len(values) - 1) else 0.0,
         "levels": () if continuous else levels,
+        "curve": levels,
     }
 
 
@@ -319,6 +327,7 @@ def _spearman(points: pd.DataFrame, axis: str, sign: int, counts: dict[Any, int]
         "edge": "highest" if direction > 0 else "lowest",
         "edge_share": float((direction * rhos > 0).mean()),
         "levels": (),
+        "curve": (),
     }
 
 

@@ -66,10 +66,12 @@ class Evidence:
     scope: Scope
 
 
-def gather(records: Sequence[TrialRecord], sweep: SweepConfig | None) -> Evidence:
-    """Without a sweep file the metric is `select_ce`, minimised, and the axes are the parameters that vary."""
+def gather(
+    records: Sequence[TrialRecord], sweep: SweepConfig | None, objective: tuple[str, str] = ("select_ce", "min")
+) -> Evidence:
+    """Without a sweep file metric and mode are those of `objective`, and the axes are the parameters that vary."""
     frame, space = table(records), _space(sweep)
-    metric, mode = (sweep.objective.metric, sweep.objective.mode) if sweep else ("select_ce", "min")
+    metric, mode = (sweep.objective.metric, sweep.objective.mode) if sweep else objective
     varied = axes_of(frame, records)
     derived = {name: axis.of for name, axis in space.axes.items() if axis.of and name in varied} if space else {}
     moving = {**aliases(frame, [a for a in varied if a not in derived]), **derived}

@@ -17,7 +17,7 @@ from scipy import stats
 
 from neo_ray.axes import number_type
 from neo_ray.config import SweepConfig
-from neo_ray.effects import AxisEffect, axis_effect, shortage
+from neo_ray.effects import AxisEffect, effects_of, shortage
 from neo_ray.evidence import Evidence, Scope, for_laws, gather, number, with_leaves
 from neo_ray.records import TrialRecord
 from neo_ray.settings import TrialConfig, trial_leaves
@@ -79,11 +79,11 @@ def derive(records: Sequence[TrialRecord], sweep: SweepConfig | None) -> list[Gu
     return guidelines_of(gather(records, sweep))
 
 
-def guidelines_of(evidence: Evidence) -> list[Guideline]:
+def guidelines_of(evidence: Evidence, effects: dict[str, AxisEffect | None] | None = None) -> list[Guideline]:
     if evidence.best is None:
         return []
     laws = for_laws(evidence)
-    effects = {axis: axis_effect(laws.frame, axis, laws.metric, laws.mode, laws.axes) for axis in laws.axes}
+    effects = effects or effects_of(laws.frame, laws.axes, laws.metric, laws.mode)
     drafts = [_axis_draft(laws, axis, effect) for axis, effect in effects.items()]
     decided = _decide(evidence, [*drafts, *_comparisons(laws), *_references(evidence)])
     by_axis = {axis: (effect, guideline) for (axis, effect), guideline in zip(effects.items(), decided, strict=False)}

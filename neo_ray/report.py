@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neo_ray.config import SweepConfig
+from neo_ray.effects import AxisEffect
 from neo_ray.evidence import Evidence, number
 from neo_ray.guidelines import Guideline, unit_of
 from neo_ray.loading import dump, plain, validate
@@ -29,10 +30,12 @@ MEASURED = {
     "KL": "select_kl",
     "report CE": "report_ce",
 }
-LEGEND = (
-    "CE, bits/byte: held-out, on the select split; KL: to the teacher, nats per token; report CE: on the split that no "
-    "ranking touches, COMPLETE trials alone; peak GB: memory of the largest worker"
-)
+MEANINGS = {
+    ("CE", "bits/byte"): "CE, bits/byte: held-out, on the select split",
+    ("KL",): "KL: to the teacher, nats per token",
+    ("report CE",): "report CE: on the split that no ranking touches, COMPLETE trials alone",
+    ("peak GB",): "peak GB: memory of the largest worker",
+}
 DISPENSABLE = ("peak GB", "report CE", "seconds", "bits/byte", "tokens")
 """Left out first where the terminal is too narrow for all columns."""
 MAX_CURVES = 30
@@ -48,6 +51,10 @@ class Analysis:
     matrix: Matrix | None
     notes: tuple[str, ...]
     """What was assumed, what happened to the trials that tell no effect, and what cannot be said."""
+    effects: dict[str, AxisEffect | None] = field(default_factory=dict)
+    """Axis → what it does to the metric; None where the trials do not tell."""
+    name: str = ""
+    """Of the trials, where neither a sweep file nor a folder names them."""
 
     @property
     def best(self) -> TrialRecord | None:
@@ -68,9 +75,18 @@ def trials_table(
     ordered = ranked(records, metric, mode)
     several = len({r.phase for r in records}) > 1
     more = (*(("front",) if front else ()), *(("phase",) if several else ()))
-    columns = ("trial", "state", *more, *shown, *(("seed",) if seeds else ()), *MEASURED, "tokens", "seconds", "peak GB")
+    ours = any(name in record.metrics for record in records for name in MEASURED.values())
+    measured = {name: key for name, key in MEASURED.items() if ours or not records}
+    measured |= {} if metric in MEASURED.values() else {metric: metric}
+    columns = ("trial", "state", *more, *shown, *(("seed",) if seeds else ()), *measured, "tokens", "seconds", "peak GB")
     marks = {r.id: {"front": "yes" if r.id in front else "", "phase": r.phase} for r in ordered}
-    return columns, [_trial_row(r, shown, seeds, tuple(marks[r.id][name] for name in more)) for r in ordered]
+    rows = [_trial_row(r, shown, seeds, tuple(marks[r.id][name] for name in more), measured.values()) for r in ordered]
+    return columns, rows
+
+
+def legend(columns: Sequence[str]) -> str:
+    """What the columns of the table of trials mean, of those that there are."""
+    return "; ".join(text for names, text in MEANINGS.items() if set(names) <= set(columns)) + "."
 
 
 def ranked(records: Sequence[TrialRecord], metric: str, mode: str) -> list[TrialRecord]:
@@ -159,12 +175,18 @@ def scope_lines(analysis: Analysis) -> list[str]:
     return [*lines, f"ranked by: {evidence.metric}, {unit_of(evidence.metric)}, {direction} is better"]
 
 
+def title_of(analysis: Analysis) -> str:
+    evidence = analysis.evidence
+    name = analysis.name or (evidence.sweep.name if evidence.sweep else analysis.folder.name)
+    return f"{name}: what {len(evidence.records)} trials say"
+
+
 def markdown(analysis: Analysis) -> str:
     """`report.md`. A section without data is not written."""
     evidence = analysis.evidence
-    title = f"# {evidence.sweep.name if evidence.sweep else analysis.folder.name}: what {len(evidence.records)} trials say"
+    columns, rows = trials_table(evidence.records, evidence.metric, evidence.mode, front_trials(evidence))
     sections = [
-        title,
+        f"# {title_of(analysis)}",
         _bullets(analysis.notes),
         "## What was swept\n\n" + _bullets(scope_lines(analysis)),
         _section("Phases", phase_lines(evidence)),
@@ -176,9 +198,7 @@ def markdown(analysis: Analysis) -> str:
         _curves_section(evidence),
         _failures_section(evidence.records),
         "## Noise\n\n" + _escape(noise_line(evidence)),
-        "## All trials\n\n"
-        + _grid(*trials_table(evidence.records, evidence.metric, evidence.mode, front_trials(evidence)))
-        + f"\n\n{LEGEND}.",
+        "## All trials\n\n" + _grid(columns, rows) + f"\n\n{legend(columns)}",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -205,7 +225,9 @@ def best_yaml(sweep: SweepConfig, record: TrialRecord) -> str:
     return "".join(f"# {' '.join(line.split())}\n" for line in header) + "\n" + dump(config)
 
 
-def _trial_row(record: TrialRecord, shown: Sequence[str], seeds: bool, more: tuple[str, ...]) -> tuple[str, ...]:
+def _trial_row(
+    record: TrialRecord, shown: Sequence[str], seeds: bool, more: tuple[str, ...], measured: Iterable[str]
+) -> tuple[str, ...]:
     cause = f": {record.cause or 'unknown cause'}".replace("_", " ") if record.state == "FAILED" else ""
     return (
         record.id,
@@ -213,7 +235,7 @@ def _trial_row(record: TrialRecord, shown: Sequence[str], seeds: bool, more: tup
         *more,
         *(number(record.params.get(name), 3) for name in shown),
         *((str(record.seed),) if seeds else ()),
-        *(_metric(record.metrics.get(name)) for name in MEASURED.values()),
+        *(_metric(record.metrics.get(name)) for name in measured),
         _count(record.tokens),
         f"{record.seconds:.0f}",
         f"{record.peak_memory_bytes / 1e9:.1f}" if record.peak_memory_bytes else "–",
@@ -311,16 +333,23 @@ def _rung_tokens(records: Sequence[TrialRecord], rung: int) -> str:
     return f", {_count(sorted(tokens)[len(tokens) // 2])} tokens" if tokens else ""
 
 
-def _failures_section(records: Sequence[TrialRecord]) -> str:
+FAILURE_COLUMNS = ("cause", "trials", "which", "first error")
+
+
+def failure_rows(records: Sequence[TrialRecord]) -> list[tuple[str, ...]]:
+    """A row a cause, the most frequent first: cause, how many, which, the first error."""
     failed = [r for r in records if r.state == "FAILED"]
-    if not failed:
-        return ""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for cause, count in Counter(r.cause or "unknown" for r in failed).most_common():
         those = [r for r in failed if (r.cause or "unknown") == cause]
         error = next((r.error for r in those if r.error), "")
-        rows.append([cause, str(count), ", ".join(r.id for r in those[:12]), " ".join(error.split())[:200]])
-    return "## Failures by cause\n\n" + _grid(("cause", "trials", "which", "first error"), rows)
+        rows.append((cause, str(count), ", ".join(r.id for r in those[:12]), " ".join(error.split())[:200]))
+    return rows
+
+
+def _failures_section(records: Sequence[TrialRecord]) -> str:
+    rows = failure_rows(records)
+    return "## Failures by cause\n\n" + _grid(FAILURE_COLUMNS, rows) if rows else ""
 
 
 def _grid(columns: Sequence[str], rows: Sequence[Sequence[str]], escape: bool = True) -> str:

@@ -115,7 +115,8 @@ def table(records: Sequence[TrialRecord]) -> pd.DataFrame:
     """
     rows = [_row(record) for record in records]
     frame = pd.DataFrame(rows, columns=list(dict.fromkeys([*COLUMNS, *(key for row in rows for key in row)])))
-    measured = [name for name in frame.columns.astype(str) if name.startswith(("select_", "report_", "train_", "untrained_"))]
+    metrics = {name for record in records for name in record.metrics}
+    measured = [name for name in frame.columns.astype(str) if name in metrics or name.startswith("untrained_")]
     for name in ("scaling", *measured):
         frame[name] = pd.to_numeric(frame[name], errors="coerce")
     return frame.replace([math.inf, -math.inf], math.nan) if len(frame) else frame
@@ -273,6 +274,17 @@ def best_setting(
         margin_in_sds=margin / spread.sd if margin is not None and spread is not None and spread.sd > 0 else None,
         edges=tuple(edge for axis, ends in tested.items() if (edge := edge_of(axis, leaders[0][column(axis)], ends))),
     )
+
+
+def equivalent(frame: pd.DataFrame, metric: str, mode: str, axes: Sequence[str], spread: Noise | None) -> pd.DataFrame:
+    """The COMPLETE trials of all settings whose mean is within one standard error of the best setting's; none without a noise."""
+    done = complete(frame, metric)
+    if spread is None or done.empty:
+        return done.iloc[:0]
+    runs = done.assign(gain=done[metric] * sign_of(mode), setting=setting_of(done, axes))
+    means = runs.groupby("setting")["gain"].agg(["mean", "count"]).sort_values("mean", ascending=False)
+    error = spread.sd / math.sqrt(means["count"].iloc[0])
+    return done[runs["setting"].isin(means[means["mean"] >= means["mean"].iloc[0] - error].index)]
 
 
 def edge_of(axis: str, value: Any, ends: tuple[float, float]) -> Edge | None:

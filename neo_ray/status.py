@@ -81,7 +81,7 @@ def status(folder: Path) -> dict[str, Any]:
         "tokens": sum(r.tokens for r in records),
         "tokens_per_worker_second": sum(r.tokens for r in records) / seconds if seconds else None,
         "seconds_left": _seconds_left(records, planned, config) if driver else None,
-        "paths": {name: str(folder / name) for name in ("journal.jsonl", "logs", "report.md", "study.db")},
+        "paths": {name: str(folder / name) for name in ("journal.jsonl", "logs", "report.md", "report.html", "study.db")},
     }
 
 

@@ -23,7 +23,7 @@ PATIENCE_AT_THE_DOOR = 30.0
 """Seconds for which a store may fail before a command says so: a mistake in its address looks like an outage."""
 ITEMS = "suite.json"
 """In a trial's folder: the value of each item of a suite of benchmarks."""
-REPORT = ("trials.jsonl", "guidelines.json", "report.md", "best.yaml")
+REPORT = ("trials.jsonl", "guidelines.json", "report.md", "report.html", "best.yaml")
 
 
 def working_folder(results: Folder) -> Path:

@@ -81,3 +81,42 @@ def sweep(**changes: Any) -> SweepConfig:
         "sampler": {"name": "random", "num_trials": 24},
     }
     return validate({**raw, **changes})
+
+
+def everything() -> list[TrialRecord]:
+    """A sweep that has something for every figure: a grid of rank × learning rate × kd_ratio on two slots, three seeds at
+    each of kd_ratio 0.5, four evaluations, costs that grow with rank, trials pruned at the smallest learning rate, diverged and
+    out of memory at the largest."""
+    rng = np.random.default_rng(7)
+    settings = [
+        ({"rank": rank, "learning_rate": rate, "kd_ratio": ratio}, seed)
+        for ratio, seeds in ((0.5, (0, 1, 2)), (0.0, (0,)))
+        for rank in (4, 8, 16, 32, 64)
+        for rate in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+        for seed in seeds
+    ]
+    records = []
+    for i, (params, seed) in enumerate(settings):
+        end = valley(params) - 0.05 * params["kd_ratio"] + 0.01 * rng.standard_normal()
+        curve = [
+            {"rung": k, "tokens": 1000 * k, "step": 5 * k, "select_ce": end + 0.5 * 0.5**k - 0.03, "seconds": 3.0 * k}
+            for k in (1, 2, 3, 4)
+        ]
+        begun, seconds = 1_700_000_000.0 + 30 * (i // 2), 24 + params["rank"] / 16 + rng.uniform(0, 2)
+        costs: dict[str, Any] = {
+            "seconds": seconds,
+            "accelerator_seconds": seconds,
+            "peak_memory_bytes": int(2e9 + 1e7 * params["rank"]),
+            "started": begun,
+            "ended": begun + seconds,
+            "details": {"baseline": dict(UNTRAINED), "slot": i % 2},
+        }
+        change: dict[str, Any] = {"curve": curve}
+        if params["learning_rate"] == 1e-4 and seed == 0:
+            change = {"state": "PRUNED", "curve": curve[:2]}
+        elif params["learning_rate"] == 1e-2 and params["rank"] == 64:
+            change = {"state": "FAILED", "cause": "out_of_memory", "error": "OutOfMemoryError: 2 GiB", "metrics": {}, "curve": []}
+        elif params["learning_rate"] == 1e-2 and params["rank"] == 4 and seed == 0:
+            change = {"state": "FAILED", "cause": "diverged", "error": "loss is NaN at step 3", "metrics": {}, "curve": curve[:1]}
+        records.append(trial(f"{i:04d}", params, end, seed=seed, **{**costs, **change}))
+    return records

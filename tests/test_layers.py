@@ -17,19 +17,21 @@ PACKAGE = Path(__file__).parent.parent / "neo_ray"
 
 ROOMS = {
     "facts": (
-        "__init__ account assets axes budget cautions config continuations environment estimate inventory loading "
-        "memory mistakes phases plan plan_text points records refusals searching settings shapes space staging storage "
-        "supply trials uploads warm "
+        "account assets axes budget cautions config continuations environment estimate inventory loading memory mistakes phases "
+        "plan plan_text points records refusals searching settings shapes space staging storage supply trials uploads warm"
     ),
     "training": (
         "adapters alignment answers batches benchmarks checkpoints chunked data devices filling harness heldout local losses "
         "merging models parts placement prepare pruning quickstart scaling sources stores student suites teaching train"
     ),
-    "analysis": "card confirmed effects evidence guidelines paired pareto phase_text report startup statistics",
+    "analysis": (
+        "card charts confirmed drawing effects evidence figures foreign guidelines histories page paired pareto phase_text "
+        "printing report slices startup statistics"
+    ),
     "ray": "access board builder cluster lease mirror progress schedulers searcher slot slots storehouse tuner",
     "doors": (
-        "analyze bench bench_loss bench_pairs bench_reader bench_step bench_summary bench_sweep bench_turns door evaluate export "
-        "ground status sweep targets"
+        "__init__ analyze bench bench_loss bench_pairs bench_reader bench_step bench_summary bench_sweep bench_turns door "
+        "evaluate export ground notebook status sweep targets"
     ),
 }
 ROOM = {module: room for room, modules in ROOMS.items() for module in modules.split()}
@@ -40,7 +42,7 @@ TORCH = {"torch", "transformers", "peft", "deepspeed", "accelerate"}
 FORBIDDEN = {"facts": {*TORCH, "ray"}, "training": {"ray"}, "analysis": {*TORCH, "ray"}, "ray": set(), "doors": set()}
 WITHOUT_RAY = {"lease", "progress"}
 """They stand with ray, and need none of it: a lease is taken before Ray starts, and a bar is drawn without it."""
-QUICK_DOORS = ("analyze", "bench", "evaluate", "export", "status", "sweep", "targets")
+QUICK_DOORS = ("__init__", "analyze", "bench", "evaluate", "export", "notebook", "status", "sweep", "targets")
 """Doors that answer `--help`, `--dry-run` and a mistake in a file before anything heavy is imported."""
 
 

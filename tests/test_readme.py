@@ -297,7 +297,7 @@ def test_the_data_examples_are_of_the_three_formats() -> None:
 def test_an_exported_model_generates_as_written(tiny_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoModelForCausalLM
 
-    (block,) = blocks(README, "python")
+    block = next(block for block in blocks(README, "python") if "AutoModel" in block)
     shutil.copytree(tiny_world.student, tmp_path / "exported" / "0003" / "model")
     adapter: Any = attach(AutoModelForCausalLM.from_pretrained(tiny_world.student), TrialConfig())
     weights = {name: parameter.detach() for name, parameter in trained_parameters(adapter).items()}
@@ -307,6 +307,19 @@ def test_an_exported_model_generates_as_written(tiny_world: World, tmp_path: Pat
     exec(compile(block, "README.md", "exec"), names)
     assert names["answer"].shape[1] > names["inputs"]["input_ids"].shape[1]
     assert type(names["branch"]).__name__.startswith("PeftModel")
+
+
+def test_the_notebook_s_lines_run_as_written(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = next(block for block in blocks(README, "python") if "import neo_ray" in block)
+    monkeypatch.chdir(checkout)
+    names: dict[str, Any] = {}
+    exec(compile(block, "README.md", "exec"), names)
+    found = names["found"]
+    assert len(found.frame) == len(found.records) == 9 and len(found.verdicts) == len(found.guidelines)
+    assert set(found.figures) >= {"matrix", "slices"} and found.not_drawn
+    assert list(found.curve("learning_rate").columns) == ["value", "mean", "low", "high", "num_trials"]
+    with pytest.raises(ValueError, match="ray: holds no experiment of Ray Tune"):
+        found.result_grid()
 
 
 @pytest.mark.parametrize("name", PAGES)

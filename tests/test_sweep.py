@@ -17,6 +17,7 @@ import yaml
 from doors import ROOT, finish, start, sweep_file
 from tiny import World
 
+import neo_ray
 from neo_ray.loading import dump, load, validate
 from neo_ray.prepare import check_same_sources, identities, prepare
 from neo_ray.records import load_records
@@ -30,7 +31,7 @@ def test_a_sweep_runs_and_is_extended_and_leaves_its_contract(tiny_world: World,
     text = finish(process)
     assert process.returncode == 0, text
     folder = tmp_path / "results" / "tiny"
-    for name in ("sweep.yaml", "environment.json", "trials.jsonl", "study.db", "guidelines.json", "report.md", "best.yaml"):
+    for name in ("sweep.yaml", "environment.json", "trials.jsonl", "study.db", "guidelines.json", "report.md", "report.html"):
         assert (folder / name).exists(), name
     records = load_records(folder)
     assert len(records) == 2 and all(r.finished and r.curve for r in records)
@@ -38,6 +39,8 @@ def test_a_sweep_runs_and_is_extended_and_leaves_its_contract(tiny_world: World,
     assert complete and all(r.metrics["report_ce"] and r.scaling == 2 for r in complete)
     assert validate(yaml.safe_load((folder / "sweep.yaml").read_text())) == load(path)
     assert load(folder / "best.yaml").search == {}
+    grid = neo_ray.load(folder).result_grid()
+    assert sorted(result.config["trial"] for result in grid) == ["0000", "0001"] and not grid.errors
     assert "Traceback" not in text and "Guidelines" in text
     first = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
     of_the_first_driver = {path.name for path in (folder / "ray").iterdir()}
