@@ -8,7 +8,9 @@ REPORTS ?=
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.neo_ray-installed
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
-PYTEST = $(PY) -m pytest -q -rs $(if $(REPORTS),--junitxml=$(REPORTS)/$@.xml)
+# Tests run side by side in so many processes, a file in one, each with one thread: none needs the machine for itself.
+WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q -rs -n $(WORKERS) --dist loadfile $(if $(REPORTS),--junitxml=$(REPORTS)/$@.xml)
 
 .PHONY: quickstart test check unit test-all rest slow quickstart-short bench clean
 .DEFAULT_GOAL := test
