@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from neo_ray.student import Student
 from neo_ray.uploads import ITEMS
 
 
-def of_student(student: Student, parts: Parts, trial: TrialConfig) -> harness.SuiteScores | None:
-    """Scores of the student as it is now; None where the sweep has no suite. Every rank calls it."""
+def of_student(
+    student: Student, parts: Parts, trial: TrialConfig, alive: Callable[[], object] = lambda: None
+) -> harness.SuiteScores | None:
+    """Scores of the student as it is now; None where the sweep has no suite. Every rank calls it; rank 0 gives signs of life."""
     if parts.sources.suite is None or trial.evaluation.suite is None:
         return None
     limit = trial.evaluation.suite_limit
@@ -26,7 +29,7 @@ def of_student(student: Student, parts: Parts, trial: TrialConfig) -> harness.Su
         parts.measured[key] = (harness.open_suite(Path(parts.sources.suite), limit, size), tokenizer)
     opened, tokenizer = parts.measured[key]
     how = (parts.vocabulary, parts.device, parts.dtype, trial.evaluation.batch_size, limit)
-    return harness.ask(opened, student.model, tokenizer, *how)
+    return harness.ask(opened, student.model, tokenizer, *how, alive if rank_and_world_size()[0] == 0 else lambda: None)
 
 
 def facts(scores: harness.SuiteScores) -> dict[str, Any]:
@@ -37,11 +40,11 @@ def facts(scores: harness.SuiteScores) -> dict[str, Any]:
 
 def save(scores: harness.SuiteScores, folder: Path) -> None:
     """Into a trial's folder: suite, limit and each item's value, for comparisons item by item."""
-    found = {"suite": scores.suite, "limit": scores.limit, "items": scores.items}
+    found = {"suite": scores.suite, "limit": scores.limit, "dtype": scores.dtype, "items": scores.items}
     write_atomically(folder / ITEMS, json.dumps(found) + "\n")
 
 
 def read(path: Path) -> harness.SuiteScores:
     """What `save` wrote."""
     found = json.loads(path.read_text(encoding="utf-8"))
-    return harness.SuiteScores(found["suite"], found["limit"], found["items"])
+    return harness.SuiteScores(found["suite"], found["limit"], found["items"], found["dtype"])

@@ -18,9 +18,12 @@ from neo_ray import loading
 from neo_ray.config import SweepConfig
 from neo_ray.mistakes import guess
 from neo_ray.records import TrialRecord, load_records, write_atomically
+from neo_ray.searching import of_suite
 from neo_ray.settings import ConfigError, EvaluationConfig
 
 if TYPE_CHECKING:
+    import torch
+
     from neo_ray.harness import Opened, SuiteScores
     from neo_ray.parts import Sources
 
@@ -49,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(argv)
     try:
         rows = evaluate(asked.path.expanduser(), asked.suite, asked.limit, asked.trial)
-        text = markdown(rows)
+        text = markdown(rows, of_suite(loading.load(asked.path.expanduser() / "sweep.yaml").objective.metric))
         target = asked.path.expanduser() / "benchmarks" / f"{rows[0].scores.suite.replace(' ', '-')}.md"
         write_atomically(target, text)
     except ConfigError as error:
@@ -120,13 +123,20 @@ class _Asking:
         for path in (kept / benchmarks.ITEMS, trained):
             if path.is_file() and (path != trained or self._is_of_this_sweep()):
                 found = benchmarks.read(path)
-                if (found.suite, found.limit) == (self.opened.suite.title, self.sweep.evaluation.suite_limit):
+                asked = (self.opened.suite.title, self.sweep.evaluation.suite_limit, str(self._dtype))
+                if (found.suite, found.limit, found.dtype) == asked:
                     return Row(name, about, found, record)
         print(f"asking {about}")
         scores = self._ask(name)
         kept.mkdir(parents=True, exist_ok=True)
         benchmarks.save(scores, kept)
         return Row(name, about, scores, record)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        from neo_ray import devices
+
+        return devices.resolve_dtype(self.sweep.training.dtype, devices.local_device())
 
     def _is_of_this_sweep(self) -> bool:
         """Was the very suite asked during the trials?"""
@@ -140,22 +150,26 @@ class _Asking:
         from neo_ray.parts import load_source
 
         device = devices.local_device()
-        dtype = devices.resolve_dtype(self.sweep.training.dtype, device)
         source = self.sources.teacher if name == TEACHER else self.sources.student
         assert source is not None
         where = f"{TEACHER if name == TEACHER else STUDENT}.model"
-        model: Any = load_source(source, dtype, device, where)
+        model: Any = load_source(source, self._dtype, device, where)
         if name not in (TEACHER, STUDENT):
             model = peft.PeftModel.from_pretrained(model, str(self.folder / "trials" / name / "adapter"))
         tokenizer = models.load_tokenizer(source.path, source.revision, source.trust_remote_code, where)
         size, limit = self.sweep.evaluation.batch_size, self.sweep.evaluation.suite_limit
-        scores = harness.ask(self.opened, model, tokenizer, self.sources.vocabulary, device, dtype, size, limit)
+        scores = harness.ask(self.opened, model, tokenizer, self.sources.vocabulary, device, self._dtype, size, limit)
         del model
         devices.free_memory(device)
         return scores
 
 
-def markdown(rows: Sequence[Row]) -> str:
+CHOSEN_BY_IT = (
+    "The sweep looked for its trials by benchmarks: on the items that chose it, the best trial looks better than it is.\n"
+)
+
+
+def markdown(rows: Sequence[Row], chosen_by_it: bool = False) -> str:
     """The table: each benchmark and the average with its standard error, the paired difference to the untrained student."""
     first = rows[0].scores
     base = next(row for row in rows if row.name == STUDENT)
@@ -165,8 +179,9 @@ def markdown(rows: Sequence[Row]) -> str:
     words = [
         f"# {first.suite}: {some}\n",
         "Per cent, with the standard error over items; the average is the unweighted mean of the benchmarks. Differences are of "
-        "averages, item by item: 95 % bootstrap interval over items, p by McNemar's exact test. Memory and seconds are "
-        "those of the trial's training.\n",
+        "averages, item by item: 95 % bootstrap interval over items, p by random signs (McNemar's exact test of one benchmark). "
+        "Memory and seconds are those of the trial's training.\n",
+        *([CHOSEN_BY_IT] if chosen_by_it else []),
         "| " + " | ".join(header) + " |",
         "| " + " | ".join("---" for _ in header) + " |",
         *("| " + " | ".join(line) + " |" for line in lines),
@@ -207,11 +222,14 @@ def _with_suite(sweep: SweepConfig, suite: str | None, limit: int | None) -> Swe
 
 
 def _best_of_each_method(records: Sequence[TrialRecord], sweep: SweepConfig) -> list[TrialRecord]:
+    from neo_ray.evidence import gather
     from neo_ray.report import ranked
 
     complete = [r for r in records if r.state == "COMPLETE" and _method(r) in ("lora", "neo")]
     best: dict[str, TrialRecord] = {}
-    for record in ranked(complete, sweep.objective.metric, sweep.objective.mode):
+    found = gather(records, sweep).best  # where a study was confirmed, that is its answer
+    ordered = ranked(complete, sweep.objective.metric, sweep.objective.mode)
+    for record in sorted(ordered, key=lambda record: found is None or record.id != found.id):
         best.setdefault(_method(record), record)
     return list(best.values())
 

@@ -45,6 +45,8 @@ class SuiteScores:
     """So many items of each task were asked, the first ones; None: all."""
     items: dict[str, list[float]]
     """Benchmark → each item's value, always in the same order: what two models are compared by, item by item."""
+    dtype: str = "torch.float32"
+    """Of matrix products: models are compared in the same one."""
 
     @property
     def values(self) -> dict[str, float]:
@@ -83,12 +85,15 @@ class Opened:
     """Benchmark → names of its tasks → the harness's tasks."""
 
 
-def open_suite(folder: Path, limit: int | None = None, world_size: int = 1) -> Opened:
+def open_suite(folder: Path, limit: int | None = None, world_size: int = 1, is_cut: bool = False) -> Opened:
     """Load the tasks of a suite that `suites.make_ready` put into a folder, data sets included.
 
+    Args:
+        is_cut: the model will be, by ZeRO-3, over these workers.
+
     Raises:
-        ConfigError: the harness is not installed, a task is not known, its data cannot be had, or it does not state the metric as
-            a mean over items.
+        ConfigError: the harness is not installed, a task is not known, its data cannot be had, it does not state the metric as
+            a mean over items, or it lets the model write where ranks would not do so equally often.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("evaluation.suite: needs the LM Evaluation Harness: pip install -c constraints.txt -e '.[lm_eval]'")
@@ -100,6 +105,11 @@ def open_suite(folder: Path, limit: int | None = None, world_size: int = 1) -> O
     for name, found in tasks.items():
         for task, loaded in found.items():
             _check_metric(suite, name, task, loaded)
+            if is_cut and world_size > 1 and loaded.OUTPUT_TYPE == "generate_until":
+                raise ConfigError(
+                    f"evaluation.suite: {task} has answers written, for which the workers of a model that ZeRO-3 has cut do not "
+                    "take equally many steps; deepspeed.zero_stage: 2, or workers_per_trial: 1"
+                )
             number = min(len(loaded.eval_docs), limit or len(loaded.eval_docs))
             if number < world_size:
                 raise ConfigError(f"evaluation.suite: {task} has {number} items for {world_size} workers of a trial")
@@ -118,6 +128,7 @@ def ask(
     dtype: torch.dtype,
     batch_size: int = 4,
     limit: int | None = None,
+    alive: Callable[[], object] = lambda: None,
 ) -> SuiteScores:
     """Score a model; every worker of the trial calls this, and each gets all scores.
 
@@ -125,18 +136,28 @@ def ask(
         model: a causal language model of transformers, with or without adapter, also one that ZeRO-3 has cut.
         vocabulary: token ids that are real; what the head says beyond them is left out.
         dtype: of matrix products.
+        batch_size: sequences at once; halved where a worker that is alone runs out of memory.
         limit: items of a task, the first ones; None: all.
+        alive: called before each forward pass.
     """
     tasks = {name: task for found in opened.tasks.values() for name, task in found.items()}
     with _untouched(model, device), _quiet():
         model.eval()
-        lm = _language_model(_Asked(model, device, dtype, vocabulary), tokenizer, batch_size)
-        result = _part("evaluator").evaluate(lm, {"tasks": tasks}, limit=limit, bootstrap_iters=0)
+        while True:
+            lm = _language_model(_Asked(model, device, dtype, vocabulary, alive), tokenizer, batch_size)
+            try:
+                result = _part("evaluator").evaluate(lm, {"tasks": tasks}, limit=limit, bootstrap_iters=0)
+                break
+            except Exception as error:
+                if not devices.is_out_of_memory(error) or batch_size == 1 or rank_and_world_size()[1] > 1:
+                    raise
+                batch_size = (batch_size + 1) // 2
+            devices.free_memory(device)
     items = [_items(opened, result) if result is not None else None]
     if rank_and_world_size()[1] > 1:
         dist.broadcast_object_list(items, src=0)
     assert items[0] is not None
-    return SuiteScores(opened.suite.title, limit, items[0])
+    return SuiteScores(opened.suite.title, limit, items[0], str(dtype))
 
 
 def _part(name: str) -> Any:
@@ -190,17 +211,20 @@ class _Asked:
     device: torch.device
     dtype: torch.dtype
     vocabulary: int
+    alive: Callable[[], object]
 
     @property
     def config(self) -> Any:
         return self.model.config
 
     def __call__(self, input_ids_BL: torch.Tensor) -> Any:
+        self.alive()
         with torch.no_grad(), devices.autocast(self.device, self.dtype):
             logits_BLV = self.model(input_ids=input_ids_BL, use_cache=False).logits
         return SimpleNamespace(logits=logits_BLV[..., : self.vocabulary].float())
 
     def generate(self, **arguments: Any) -> torch.Tensor:
+        self.alive()
         cut = any(hasattr(parameter, "ds_id") for parameter in self.model.parameters())  # ZeRO-3: all ranks go on together
         with torch.no_grad(), devices.autocast(self.device, self.dtype):
             return self.model.generate(**arguments, synced_gpus=cut and rank_and_world_size()[1] > 1)

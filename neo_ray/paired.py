@@ -29,7 +29,8 @@ class Difference:
     worse: int
     """Items on which ours has the larger, and the smaller, value."""
     p: float
-    """McNemar's exact test of `better` against `worse`, two-sided: could the two be equally good?"""
+    """Two-sided: how often would the average differ by so much if each item's difference had either sign alike? With one
+    benchmark of right and wrong answers this is McNemar's exact test, otherwise a draw of signs."""
 
 
 def compare(ours: Items, theirs: Items, seed: int = 0) -> Difference:
@@ -44,8 +45,24 @@ def compare(ours: Items, theirs: Items, seed: int = 0) -> Difference:
     drawn = np.mean([_means(values, generator) for values in apart], axis=0)
     low, high = np.quantile(drawn, (0.025, 0.975))
     better, worse = (int(sum((sign * values > 0).sum() for values in apart)) for sign in (1, -1))
-    p = float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
+    p = _p(apart, better, worse, generator)
     return Difference(float(np.mean([values.mean() for values in apart])), float(low), float(high), better, worse, p)
+
+
+def _p(apart: Sequence[np.ndarray], better: int, worse: int, generator: np.random.Generator) -> float:
+    if better + worse == 0:
+        return 1.0
+    if len(apart) == 1 and len(np.unique(np.abs(apart[0][apart[0] != 0]))) == 1:
+        return float(binomtest(better, better + worse).pvalue)
+    flipped = np.mean([_flipped(values, generator) for values in apart], axis=0)
+    found = abs(float(np.mean([values.mean() for values in apart])))
+    return float((1 + (np.abs(flipped) >= found - 1e-12).sum()) / (1 + DRAWS))
+
+
+def _flipped(values: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Means of the values under random signs: as many of each magnitude stay positive as a binomial draws."""
+    magnitudes, counts = np.unique(np.abs(values), return_counts=True)
+    return (2 * generator.binomial(counts, 0.5, size=(DRAWS, len(counts))) - counts) @ magnitudes / len(values)
 
 
 def _means(values: np.ndarray, generator: np.random.Generator) -> np.ndarray:

@@ -86,7 +86,8 @@ def _suite(config: SweepConfig, announce: Announce) -> str | None:
     from neo_ray import harness, suites
 
     folder = suites.make_ready(config.evaluation.suite, config.cache, announce)
-    suite = harness.open_suite(folder, config.evaluation.suite_limit, config.resources.workers_per_trial).suite
+    limit, workers = config.evaluation.suite_limit, config.resources.workers_per_trial
+    suite = harness.open_suite(folder, limit, workers, 3 in build_space(config).reach("zero_stage")).suite
     named = {harness.METRIC, *(f"{harness.METRIC}_{benchmark}" for benchmark in suite.benchmarks)}
     for metric in (objective.metric for objective in config.objective.all if of_suite(objective.metric)):
         if metric not in named:

@@ -165,7 +165,7 @@ def train(
             row |= dict(zip(MEANS, means, strict=True)) | scores | _worst(totals(), parts)
             row["tokens"] = int(plan.tokens[step - 1])
             if trial.evaluation.suite_at == "rungs" and step < plan.num_steps:
-                asked_now = benchmarks.of_student(student, parts, trial)
+                asked_now = benchmarks.of_student(student, parts, trial, should_stop)
                 row |= asked_now.named() if asked_now is not None else {}
             state["curve"].append(row)
             if checkpoint_folder is not None and step < plan.num_steps:
@@ -181,8 +181,10 @@ def train(
                 keep(checkpoint_folder)
 
     if outcome is None:
+        if parts.sources.suite is not None and checkpoint_folder is not None:
+            keep(checkpoint_folder)  # benchmarks may take long: a worker that is lost then loses nothing of the training
         metrics = evaluate(student.predict, parts, "report", trial.evaluation).named("report")
-        benchmark = benchmarks.of_student(student, parts, trial)
+        benchmark = benchmarks.of_student(student, parts, trial, should_stop)
         weights = checkpoints.gather(engine, parameters)
         if rank == 0 and folder is not None and trial.has_adapter:
             adapters.save_adapter(student.model, weights, folder / "adapter")

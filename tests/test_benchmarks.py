@@ -99,3 +99,19 @@ def test_an_objective_that_the_suite_does_not_have_is_refused(tiny_world: World,
     config = load(sweep_file(tiny_world, tmp_path, objective={"metric": "suite_next_word"}, **fields))
     with pytest.raises(ConfigError, match=r"own v3 has no suite_next_word \(did you mean `suite_next_words`\?\)"):
         prepare(config, lambda _: None)
+
+
+def test_a_worker_that_is_lost_while_it_is_asked_loses_no_training(
+    sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*given: Any, **how: Any) -> Any:
+        raise RuntimeError("lost")
+
+    whole = run(sources, tmp_path / "whole", suite="own")[1]
+    with monkeypatch.context() as patch:
+        patch.setattr(harness, "ask", lost)
+        with pytest.raises(RuntimeError, match="lost"):
+            run(sources, tmp_path / "again", suite="own")
+    rows, outcome = run(sources, tmp_path / "again", suite="own")
+    assert outcome.details["resumed_from_step"] == 4 and len(rows) == 2
+    assert outcome.metrics == whole.metrics

@@ -194,3 +194,38 @@ def test_the_process_group_of_one_changes_nothing(opened: harness.Opened, tiny_w
     alone = ask(opened, tiny_world.student, limit=5)
     with bench_step.process_group(CPU):
         assert ask(opened, tiny_world.student, limit=5) == alone
+
+
+def test_out_of_memory_halves_the_batch_and_changes_nothing(
+    opened: harness.Opened, tiny_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, original, sizes = ask(opened, tiny_world.teacher), harness._Asked.__call__, []
+
+    def small(self: Any, input_ids_BL: torch.Tensor) -> Any:
+        sizes.append(len(input_ids_BL))
+        if len(input_ids_BL) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, input_ids_BL)
+
+    monkeypatch.setattr(harness._Asked, "__call__", small)
+    assert ask(opened, tiny_world.teacher, batch_size=8) == wanted
+    assert sizes[:3] == [8, 4, 2] and set(sizes[2:]) <= {1, 2}
+
+
+def test_each_forward_pass_is_a_sign_of_life(opened: harness.Opened, tiny_world: World) -> None:
+    signs: list[None] = []
+    ask(opened, tiny_world.student, limit=4, batch_size=4, alive=lambda: signs.append(None))
+    assert len(signs) == 3  # 4 items of 3 choices
+
+
+def test_written_answers_of_a_model_that_is_cut_are_refused(tiny_world: World, tmp_path: Path) -> None:
+    make_suite(tmp_path / "own", passages(models.load_tokenizer(str(tiny_world.student)), 4))
+    task = tmp_path / "own" / "tasks" / "next_words.yaml"
+    written = task.read_text().replace("multiple_choice", "generate_until").replace("doc_to_choice: choices\n", "")
+    norm = "  - {metric: acc_norm, aggregation: mean, higher_is_better: true}\n"
+    task.write_text(written.replace("metric: acc,", "metric: exact_match,").replace(norm, ""))
+    (tmp_path / "own" / "suite.yaml").write_text(SUITE.replace("acc_norm", "exact_match"))
+    ready = suites.make_ready(str(tmp_path / "own"), tmp_path / "cache")
+    assert harness.open_suite(ready, world_size=2) and harness.open_suite(ready, is_cut=True)
+    with pytest.raises(ConfigError, match=r"next_words has answers written, .* ZeRO-3"):
+        harness.open_suite(ready, world_size=2, is_cut=True)
