@@ -202,6 +202,12 @@ def planned_trials(phases: Sequence[Phase], records: Sequence[TrialRecord]) -> i
     return sum(missing.get(phase.tag, 0) + sum(r.finished for r in phase.own(records)) for phase in phases)
 
 
+def drawn(phases: Sequence[Phase], records: Sequence[TrialRecord]) -> int:
+    """How many trials samplers have proposed so far, in whichever phase: the next one must not begin where another began."""
+    given = {phase.name for phase in phases if phase.only_given}
+    return sum(r.phase not in given for r in records)
+
+
 def orphans(phases: Sequence[Phase], records: Sequence[TrialRecord]) -> list[str]:
     """Interrupted trials that nobody goes on with: of phases that the file has no longer."""
     return [r.id for r in records if not r.finished and not any(phase.own([r]) for phase in phases)]

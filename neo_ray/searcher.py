@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from neo_ray.config import SweepConfig
 from neo_ray.loading import plain
-from neo_ray.phases import Phase
+from neo_ray.phases import Phase, drawn
 from neo_ray.records import TrialRecord
 from neo_ray.settings import ConfigError
 from neo_ray.space import Space
@@ -116,11 +116,16 @@ def study_state(state: str, cause: str | None, values: list[float | None]) -> op
     return optuna.trial.TrialState.PRUNED
 
 
+def study_of(phase: Phase, phases: Sequence[Phase], records: list[TrialRecord]) -> optuna.Study:
+    """The study of a phase: it knows the trials of those before, and repeats the points of none."""
+    return open_study(phase.config, phase.space, phase.known(records), drawn(phases, records))
+
+
 def open_study(config: SweepConfig, space: Space, records: list[TrialRecord], begun: int | None = None) -> optuna.Study:
     """The study, in memory, made anew from the finished records: Optuna sees what happened, no more and no less.
 
     Args:
-        begun: how many trials the sampler has proposed, where the records hold those of earlier phases, too.
+        begun: how many trials samplers have proposed, in whichever phase; by default as many as there are records.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     minimise, maximise = optuna.study.StudyDirection.MINIMIZE, optuna.study.StudyDirection.MAXIMIZE
@@ -148,7 +153,7 @@ def make_sampler(config: SweepConfig, past: list[optuna.trial.FrozenTrial], begu
     """
     name, start, seed = config.sampler.name, config.sampler.startup_trials, config.seed + 10_007 * begun
     if name == "qmc":
-        return _Sequence(config.seed, begun)
+        return _Sequence(config.seed, begun, optuna.samplers.RandomSampler(seed=seed))
     if name in ("random", "grid"):
         return optuna.samplers.RandomSampler(seed=seed)
     with warnings.catch_warnings():
@@ -193,10 +198,11 @@ def _ranges_of(past: list[optuna.trial.FrozenTrial]) -> list[optuna.trial.Frozen
 class _Sequence(optuna.samplers.QMCSampler):
     """Sobol points, going on after those that were drawn before: the study that counted them is made anew at each start."""
 
-    def __init__(self, seed: int, begun: int) -> None:
+    def __init__(self, seed: int, begun: int, apart: optuna.samplers.BaseSampler) -> None:
+        """`apart`: draws the first trial, and axes that not every trial has."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            super().__init__(seed=seed, scramble=True, warn_independent_sampling=False)
+            super().__init__(seed=seed, scramble=True, independent_sampler=apart, warn_independent_sampling=False)
         self.begun = begun
 
     def _find_sample_id(self, study: optuna.Study, search_space: dict[str, Any]) -> int:

@@ -29,7 +29,7 @@ from neo_ray.phases import Phase, trials_left
 from neo_ray.progress import Progress
 from neo_ray.records import COSTS, Journal, TrialRecord, apply, write_records
 from neo_ray.schedulers import make_scheduler
-from neo_ray.searcher import StudySearch, frozen_trials, open_study
+from neo_ray.searcher import StudySearch, frozen_trials, study_of
 from neo_ray.settings import TrialConfig
 from neo_ray.slot import NAMESPACE, SlotJob, SlotRunner
 from neo_ray.slots import Keeper
@@ -144,7 +144,7 @@ def _fit(phase: Phase, phases: tuple[Phase, ...], board: str, keeper: Keeper, re
     own, known = phase.own(records), phase.known(records)
     resumed = {record.id for record in records}
     numbers = iter(range(len(records) + sum(trial not in resumed for trial, _, _ in given), 10**6))
-    study = open_study(config, space, known, len(own))
+    study = study_of(phase, phases, records)
     search = StudySearch(
         config,
         space,

@@ -12,10 +12,12 @@ from planted import sweep
 from neo_ray import refusals
 from neo_ray.cautions import cautions
 from neo_ray.config import SweepConfig
+from neo_ray.phases import phases_of
 from neo_ray.records import TrialRecord
-from neo_ray.searcher import open_study
+from neo_ray.searcher import open_study, study_of, study_state
 from neo_ray.settings import ConfigError
 from neo_ray.space import build_space
+from neo_ray.trials import setting_key
 
 SEARCH = {
     "rank": {"choice": [4, 8, 16]},
@@ -23,6 +25,7 @@ SEARCH = {
     "dropout": {"uniform": [0.0, 0.2]},
     "kd_ratio": {"choice": [0.25, 0.75], "when": {"rank": [8, 16]}},
 }
+SETTING = {"rank": 4, "learning_rate": 1e-3, "dropout": 0.1}
 Params = dict[str, Any]
 
 
@@ -34,6 +37,11 @@ def config(folder: Path, name: str, **sampler: Any) -> SweepConfig:
 def value(params: Params) -> float:
     """Best at the lowest dropout."""
     return 4 + 5 * params["dropout"]
+
+
+def done(number: int, params: Params, phase: str, state: Any = "COMPLETE") -> TrialRecord:
+    metrics = {"select_ce": value(params)} if state == "COMPLETE" else {}
+    return TrialRecord(id=f"{number:04d}", state=state, params=params, phase=phase, metrics=metrics)
 
 
 def run(config: SweepConfig, records: list[TrialRecord], count: int) -> list[TrialRecord]:
@@ -109,3 +117,45 @@ def test_the_samplers_are_optunas(tmp_path: Path) -> None:
         for name in ("gp", "cmaes")
     }
     assert kinds == {"gp": optuna.samplers.GPSampler, "cmaes": optuna.samplers.CmaEsSampler}
+
+
+@pytest.mark.parametrize("noise", [False, True])
+@pytest.mark.parametrize(("first", "then"), [("random", "random"), ("random", "tpe"), ("qmc", "qmc"), ("qmc", "random")])
+def test_a_phase_repeats_no_trial_of_the_one_before(tmp_path: Path, first: str, then: str, noise: bool) -> None:
+    phases: Params = {"map": {"sampler": {"name": first, "num_trials": 4}}, "exploit": {"sampler": {"name": then}}}
+    of = sweep(search=SEARCH, sampler={}, phases=({"noise": {}} if noise else {}) | phases, storage={"path": str(tmp_path)})
+    for state in ("COMPLETE", "FAILED"):
+        records = [TrialRecord(id=f"n{i}", phase="noise", state="COMPLETE") for i in range(2 * noise)]
+        for phase in [p for p in phases_of(of) if p.name != "noise"]:
+            for _ in range(2):  # each is interrupted once
+                study = study_of(phase, phases_of(of), records)
+                for _ in range(2):
+                    asked = study.ask()
+                    params = phase.space.define(asked)
+                    records.append(done(len(records), params, phase.tag, state))
+                    told = study_state(state, None, [value(params)])
+                    study.tell(asked, value(params) if state == "COMPLETE" else None, state=told)
+        found = [setting_key(r.params, r.seed) for r in records if r.phase != "noise"]
+        assert len(set(found)) == len(found) == 8
+
+
+def test_a_sequence_goes_on_from_phase_to_phase(tmp_path: Path) -> None:
+    """The Sobol points of a study are those of one sweep as long, whatever trials the noise floor had before them."""
+    named = {"name": "qmc", "num_trials": 8}
+    of = sweep(search=SEARCH, sampler={}, phases={"noise": {}, "map": {"sampler": named}, "exploit": {"sampler": named}})
+    noise = [TrialRecord(id="n", phase="noise", state="COMPLETE", params=SETTING, metrics={"select_ce": 4.0})] * 3
+    _, mapped, exploit = phases_of(of)
+    whole = [0.0] * 16
+    study = study_of(mapped, phases_of(of), noise)
+    for i in range(16):
+        asked = study.ask()
+        whole[i] = mapped.space.define(asked)["learning_rate"]
+        study.tell(asked, 4.0)
+    past = [*noise, *(done(i, {**SETTING, "learning_rate": rate}, "map") for i, rate in enumerate(whole[:8]))]
+    study = study_of(exploit, phases_of(of), past)
+    later = []
+    for _ in range(8):
+        asked = study.ask()
+        later.append(exploit.space.define(asked)["learning_rate"])
+        study.tell(asked, 4.0)
+    assert later == whole[8:]
