@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
@@ -41,6 +41,8 @@ class Confirmed:
     num_settings: int
     """How many ran again, the reference included."""
     is_reference: bool
+    left_out: tuple[tuple[dict[str, Any], tuple[int, ...]], ...] = ()
+    """Settings that ran again and are not among these, each with those of the seeds that it is COMPLETE with."""
     reference: float | None = None
     """The reference's mean over the same seeds; None where it did not run with them."""
     gain: float | None = None
@@ -55,22 +57,49 @@ def unchosen(records: Sequence[TrialRecord], frame: pd.DataFrame) -> pd.DataFram
     return frame[frame["phase"].isin(UNCHOSEN)] if mapped else frame
 
 
-def with_all_seeds(records: Sequence[TrialRecord], metric: str) -> dict[str, list[TrialRecord]]:
-    """Setting → its confirmed trials, of the settings that are COMPLETE with as many seeds as any; none with a single seed."""
-    groups: dict[str, dict[int, TrialRecord]] = {}
+def with_all_seeds(records: Sequence[TrialRecord], sweep: SweepConfig | None, metric: str) -> dict[str, list[TrialRecord]]:
+    """Setting → its confirmed trials with the seeds that the most settings are COMPLETE with, the reference among them.
+
+    Of seeds that as many share, the most; of as many seeds, those that ran last. None with a single seed, none of a setting that
+    diverged with a fresh seed, and none while only one setting has two seeds and others are on their way.
+    """
+    ran = _by_setting(records)
+    whole = {key: _complete(runs, metric) for key, runs in ran.items() if all(r.cause != "diverged" for r in runs)}
+    reference, found = _reference_key(sweep), dict[tuple[Any, ...], dict[str, list[TrialRecord]]]()
+    for seeds in _shared(whole.values()):
+        group = {key: [runs[seed] for seed in sorted(seeds)] for key, runs in whole.items() if set(runs) >= seeds}
+        last = max(run.id for runs in group.values() for run in runs)
+        found[reference in group, len(group), len(seeds), last, *sorted(seeds)] = group
+    best = found[max(found)] if found else {}
+    waiting = any(key not in best and (whole[key] or any(not r.finished for r in ran[key])) for key in whole)
+    return {} if len(best) == 1 and waiting else best
+
+
+def _by_setting(records: Sequence[TrialRecord]) -> dict[str, list[TrialRecord]]:
+    """Setting → all trials that it has in the confirm phase."""
+    found: dict[str, list[TrialRecord]] = {}
     for record in records:
-        value = record.metrics.get(metric)
-        if record.phase == CONFIRM and record.state == "COMPLETE" and value is not None and math.isfinite(value):
-            groups.setdefault(setting_key(record.params), {})[record.seed] = record
-    most = max((set(group) for group in groups.values()), key=len, default=set())
-    if len(most) < 2:
-        return {}
-    return {key: [group[seed] for seed in sorted(most)] for key, group in groups.items() if set(group) >= most}
+        if record.phase == CONFIRM:
+            found.setdefault(setting_key(record.params), []).append(record)
+    return found
+
+
+def _complete(runs: Sequence[TrialRecord], metric: str) -> dict[int, TrialRecord]:
+    """Seed → the COMPLETE trial with it."""
+    return {r.seed: r for r in runs if r.state == "COMPLETE" and _finite(r.metrics.get(metric))}
+
+
+def _shared(groups: Iterable[Collection[int]]) -> set[frozenset[int]]:
+    """Every set of two seeds or more that is all that some of the groups have in common."""
+    found: set[frozenset[int]] = set()
+    for group in map(frozenset, groups):
+        found |= {group, *(group & other for other in found)}
+    return {seeds for seeds in found if len(seeds) > 1}
 
 
 def confirmed(records: Sequence[TrialRecord], sweep: SweepConfig | None, metric: str, mode: str) -> Confirmed | None:
     """The best of the confirmed settings by its mean on the select split, scored on the report split; None without any."""
-    groups, scored = with_all_seeds(records, metric), metric.replace("select_", "report_", 1)
+    groups, scored = with_all_seeds(records, sweep, metric), metric.replace("select_", "report_", 1)
     groups = {k: those for k, those in groups.items() if all(_finite(r.metrics.get(scored)) for r in those)}
     if not groups:
         return None
@@ -78,14 +107,17 @@ def confirmed(records: Sequence[TrialRecord], sweep: SweepConfig | None, metric:
     best = max(groups, key=lambda key: sign * fmean(_values(groups[key], metric)))
     theirs = groups.get(_reference_key(sweep) or "")
     ours = groups[best]
+    seeds = tuple(r.seed for r in ours)
+    others = [runs for key, runs in _by_setting(records).items() if key not in groups]
     found = Confirmed(
         params=ours[0].params,
         trials=tuple(r.id for r in ours),
-        seeds=tuple(r.seed for r in ours),
+        seeds=seeds,
         metric=scored,
         value=fmean(_values(ours, scored)),
         num_settings=len(groups),
         is_reference=theirs is ours,
+        left_out=tuple((runs[0].params, tuple(s for s in seeds if s in _complete(runs, scored))) for runs in others),
     )
     if theirs is None or theirs is ours:
         return found

@@ -79,7 +79,7 @@ def gather(
     tested = {axis: _tested(frame, axis, space) for axis in axes if is_numeric(frame, axis)}
     spread = noise(frame, varied, metric)
     ends = {axis: (values[0], values[-1]) for axis, values in tested.items()}
-    fresh = {record.id for runs in with_all_seeds(records, metric).values() for record in runs}
+    fresh = {record.id for runs in with_all_seeds(records, sweep, metric).values() for record in runs}
     best = best_setting(frame[frame["id"].isin(fresh)] if fresh else frame, metric, mode, varied, ends, spread)
     scope = _scope(records, sweep, frame, metric, axes, space)
     return Evidence(tuple(records), sweep, frame, metric, mode, axes, moving, varied, tested, spread, best, scope)

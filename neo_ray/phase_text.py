@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from neo_ray.config import SweepConfig
 from neo_ray.confirmed import confirmed, phase_counts, samplers_of
 from neo_ray.evidence import Evidence, for_laws, number
@@ -31,7 +33,7 @@ def confirmed_lines(evidence: Evidence) -> list[str]:
     found = confirmed(evidence.records, evidence.sweep, evidence.metric, evidence.mode)
     if found is None:
         return []
-    setting = ", ".join(f"{name} {number(value, 3)}" for name, value in found.params.items())
+    setting = _setting_text(found.params)
     seeds, unit = f"{len(found.seeds)} fresh seeds ({', '.join(map(str, found.seeds))})", unit_of(found.metric)
     lines = [
         f"Of {found.num_settings} settings that ran again with {seeds}, the best is {setting}"
@@ -44,4 +46,11 @@ def confirmed_lines(evidence: Evidence) -> list[str]:
             f"Its gain over the reference ({found.metric} {number(found.reference)}) is {number(found.gain, 3)} {unit}, seed by "
             f"seed; the 95 % interval {low} to {high}, corrected for the choice among {found.num_settings - 1}, {settled}"
         )
+    if found.left_out:
+        others = "; ".join(f"{_setting_text(params)} (has {len(seeds)})" for params, seeds in found.left_out)
+        lines.append(f"Not among them, as it diverged or is not COMPLETE with all {len(found.seeds)} of these seeds: {others}")
     return lines
+
+
+def _setting_text(params: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {number(value, 3)}" for name, value in params.items())

@@ -65,18 +65,77 @@ def test_the_interval_is_that_of_the_paired_t() -> None:
     assert paired(differences, 3)[1][0] < interval[0]
 
 
-def test_only_settings_with_all_seeds_are_held_against_each_other() -> None:
+def test_only_settings_with_the_same_seeds_are_held_against_each_other() -> None:
     whole = records()
-    part = [r for r in whole if not (r.params == GOOD and r.seed == 13)]
-    assert {json.dumps(runs[0].params) for runs in with_all_seeds(part, "select_ce").values()} == {
-        json.dumps(REFERENCE),
-        json.dumps(LUCKY),
-    }
-    assert with_all_seeds([r for r in whole if r.seed in (0, 11)], "select_ce") == {}, "one seed confirms nothing"
+    part = [r for r in whole if not (r.params == GOOD and r.seed in (12, 13))]
+    assert names(with_all_seeds(part, STUDY, "select_ce")) == {"reference": [11, 12, 13], "lucky": [11, 12, 13]}
+    assert confirmed_lines(gather(part, STUDY))[-1] == (
+        "Not among them, as it diverged or is not COMPLETE with all 3 of these seeds: rank 16, learning_rate 1e-3 (has 1)"
+    )
+    assert with_all_seeds([r for r in whole if r.seed in (0, 11)], STUDY, "select_ce") == {}, "one seed confirms nothing"
     assert confirmed(whole[:3], STUDY, "select_ce", "min") is None
     assert gather(whole[:3], STUDY).best.id == "0000"  # type: ignore[union-attr]
     unknown = confirmed(whole, None, "select_ce", "min")
     assert unknown is not None and unknown.gain is None, "which setting is the reference stands in the sweep file"
+
+
+def names(groups: dict[str, list[TrialRecord]]) -> dict[str, list[int]]:
+    """Setting → its seeds."""
+    called = {"reference": REFERENCE, "lucky": LUCKY, "good": GOOD}
+    return {n: [r.seed for r in runs] for runs in groups.values() for n, params in called.items() if runs[0].params == params}
+
+
+ALL = ("reference", "lucky", "good")
+
+
+@pytest.mark.parametrize(
+    ("count", "settings", "seeds"),
+    [
+        *((count, (), ()) for count in (0, 1, 2, 3, 4)),
+        (5, ("reference", "lucky"), (11, 12)),
+        *((count, ALL, (11, 12)) for count in (6, 7, 8)),
+        (9, ALL, (11, 12, 13)),
+    ],
+)
+@pytest.mark.parametrize("running", [False, True])
+def test_wherever_a_confirm_stands_the_reference_does_not_win_by_being_first(
+    count: int, settings: tuple[str, ...], seeds: tuple[int, ...], running: bool
+) -> None:
+    """Seed by seed, the reference first: it is always ahead by a seed."""
+    whole = records()
+    part = whole[: 3 + count] + [r.model_copy(update={"state": "RUNNING", "metrics": {}}) for r in whole[3 + count :][:running]]
+    assert names(with_all_seeds(part, STUDY, "select_ce")) == {name: list(seeds) for name in settings}
+    found, best = confirmed(part, STUDY, "select_ce", "min"), gather(part, STUDY).best
+    assert (found is None) == (not settings) and best is not None
+    params = next(r.params for r in part if r.id == best.id)
+    assert params == found.params if found else params != REFERENCE
+    if settings == ALL:
+        assert params == GOOD and found is not None and found.gain is not None and not found.left_out
+
+
+def test_added_and_replaced_seeds_count_once_all_settings_have_them() -> None:
+    old = records()
+    later = [r.model_copy(update={"id": f"{int(r.id) + 20:04d}", "seed": r.seed + 10}) for r in old[3:]]
+    for count in range(1, 9):
+        found = with_all_seeds([*old, *later[:count]], STUDY, "select_ce")
+        assert names(found) == dict.fromkeys(ALL, [11, 12, 13, 21, 22][: 3 + count // 3])
+    other = {"rank": 64, "learning_rate": 1e-3}
+    renamed = [r.model_copy(update={"params": other}) if r.params == LUCKY else r for r in later]
+    found = with_all_seeds([*old, *renamed], STUDY, "select_ce")
+    assert {runs[0].params["rank"] for runs in found.values()} == {16, 64} and len(found) == 3
+    assert {tuple(r.seed for r in runs) for runs in found.values()} == {(21, 22, 23)}, "as many as have 11, 12, 13, and newer"
+
+
+def test_a_setting_that_diverged_with_a_fresh_seed_is_not_recommended() -> None:
+    broken = {"state": "FAILED", "cause": "diverged", "metrics": {}}
+    part = [r.model_copy(update=broken) if r.params == GOOD and r.seed == 13 else r for r in records()]
+    found = confirmed(part, STUDY, "select_ce", "min")
+    assert found is not None and found.params == REFERENCE and found.seeds == (11, 12, 13)
+    assert found.left_out == ((GOOD, (11, 12)),)
+    alone = [r.model_copy(update=broken) if r.phase == "confirm" and r.params != REFERENCE else r for r in records()]
+    assert names(with_all_seeds(alone, STUDY, "select_ce")) == {"reference": [11, 12, 13]}, "none of the others is on its way"
+    lost = [r.model_copy(update=broken) if r.phase == "confirm" and r.params == REFERENCE else r for r in records()]
+    assert names(with_all_seeds(lost, STUDY, "select_ce")) == {"lucky": [11, 12, 13], "good": [11, 12, 13]}
 
 
 def test_a_reference_that_is_best_is_said_to_be() -> None:
