@@ -93,6 +93,12 @@ class Phase:
         """Why none of its trials may begin, by its own budget. `hours`: in which this phase ran."""
         return None if self.name is None else exhausted(self.config.budget, self.own(records), hours, resuming)
 
+    def allowed(self, own: Sequence[TrialRecord]) -> int:
+        """How many of its trials its own budget lets run to an end yet: the interrupted ones in any case."""
+        most = None if self.name is None else self.config.budget.trials
+        interrupted = sum(not r.finished for r in own)
+        return 10**6 if most is None else interrupted + max(0, most - len(own))
+
     def _confirmed(self, records: Sequence[TrialRecord]) -> Trials:
         """The reference and the best, seed by seed, so that what a budget cuts off leaves pairs."""
         assert self.confirm is not None
@@ -191,6 +197,7 @@ def trials_left(
         number = phase.to_run(records)[1]
         if phase.confirm is not None and found:
             number = phase.most() - sum(r.finished for r in own)
+        number = min(number, phase.allowed(own))
         if number > 0:
             found[phase.tag] = number
     return found

@@ -269,13 +269,14 @@ class _Recorder(threading.Thread):
         records = list(self.records.values())
         if phase.confirm is not None and not phase.to_run(records)[1] and not phase.own(records):
             self.progress.say(f"phase {phase.name}: nothing to confirm, no trial is COMPLETE with {self.config.objective.metric}")
-        if phase.tag not in trials_left([phase], records, lambda _: hours):
+        left = trials_left([phase], records, lambda _: hours).get(phase.tag, 0)
+        if not left:
             return False
         self.phase, self.phase_begun, self.phase_hours, self.phase_spent = phase, time.time(), hours, ""
         if phase.name is not None:
             self.journal.write(SESSION, "", phase=phase.name)
             self.progress.phase = phase.name
-            self.progress.say(f"phase {phase.name}: {phase.to_run(records)[1]} trials")
+            self.progress.say(f"phase {phase.name}: {left} trials")
         return True
 
     def hours(self) -> float:

@@ -198,6 +198,24 @@ def test_a_phase_ends_with_its_own_budget_and_the_next_begins() -> None:
     }
 
 
+def test_a_phases_own_budget_counts_in_what_is_left_of_it(tmp_path: Path) -> None:
+    config = study(PHASES | {"map": {"budget": {"trials": 3}}, "confirm": {"budget": {"trials": 5}}})
+    phases = phases_of(config)
+    assert trials_left(phases, []) == {"noise": 2, "map": 3, "exploit": 3, "confirm": 5} and planned_trials(phases, []) == 13
+    part = run(study(), [], most=4)
+    part[3] = part[3].model_copy(update={"state": "RUNNING"})
+    assert trials_left(phases, part)["map"] == 2, "the interrupted one and one more"
+    assert planned_trials(phases, part) == 13
+    more = run(study(), [], most=7)
+    more[3:] = [r.model_copy(update={"state": "RUNNING"}) for r in more[3:]]
+    assert trials_left(phases, more)["map"] == 4, "those that were begun under a larger budget go on, and no other begins"
+    said = list[str]()
+    progress: Any = SimpleNamespace(say=said.append, update=lambda *_: None, phase="")
+    here = study(config.model_dump()["phases"], storage={"path": str(tmp_path)})
+    recorder = _Recorder(here, phases[0].space, part, None, progress, None)  # type: ignore[arg-type]
+    assert recorder.begin(phases[1]) and said == ["phase map: 2 trials"]
+
+
 def test_exploit_begins_with_the_trials_before_it_and_confirm_teaches_no_sampler() -> None:
     records, phase = run(study(), []), phases_of(study())[2]
     known = phase.known(records)
