@@ -1,7 +1,8 @@
 """What may be said from which phase? Laws from trials that no sampler chose, the recommendation from fresh seeds.
 
 The best of many settings looks better than it is, by the luck that made it the best. Its gain over the reference is therefore
-taken from the `confirm` phase alone, seed by seed, on the split that nothing was chosen by.
+taken from the `confirm` phase alone, seed by seed, on the split that nothing was chosen by. Benchmarks have no such split: the
+same items chose the settings, and only the seeds are fresh.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Confirmed:
     trials: tuple[str, ...]
     seeds: tuple[int, ...]
     metric: str
-    """The objective, on the report split."""
+    """The objective, on the report split; benchmarks have none and are of the same items as before."""
     value: float
     """Mean over the seeds."""
     num_settings: int
@@ -98,7 +99,10 @@ def _shared(groups: Iterable[Collection[int]]) -> set[frozenset[int]]:
 
 
 def confirmed(records: Sequence[TrialRecord], sweep: SweepConfig | None, metric: str, mode: str) -> Confirmed | None:
-    """The best of the confirmed settings by its mean on the select split, scored on the report split; None without any."""
+    """The best of the confirmed settings by its mean on the select split, scored on the report split where the metric has one.
+
+    None where nothing is confirmed.
+    """
     groups, scored = with_all_seeds(records, sweep, metric), metric.replace("select_", "report_", 1)
     groups = {k: those for k, those in groups.items() if all(_finite(r.metrics.get(scored)) for r in those)}
     if not groups:

@@ -12,6 +12,7 @@ import pandas as pd
 from neo_ray.config import SweepConfig
 from neo_ray.confirmed import samplers_of, unchosen, with_all_seeds
 from neo_ray.records import TrialRecord
+from neo_ray.searching import of_suite
 from neo_ray.settings import ConfigError
 from neo_ray.space import Space, build_space
 from neo_ray.statistics import (
@@ -27,6 +28,8 @@ from neo_ray.statistics import (
     noise,
     table,
 )
+
+UNITS = {"ce": "nats per token", "kl": "nats per token", "bits_per_byte": "bits per byte"}
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,21 @@ def number(value: Any, digits: int = 4) -> str:
         mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
         return f"{mantissa.rstrip('0').rstrip('.') if '.' in mantissa else mantissa}e{int(exponent)}"
     return f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:.0f}"
+
+
+def unit_of(metric: str) -> str:
+    """Empty for benchmarks, whose values are means over items."""
+    return "" if of_suite(metric) else UNITS.get(metric.partition("_")[2], metric)
+
+
+def with_unit(text: str, metric: str) -> str:
+    """`4.51 nats per token`."""
+    return f"{text} {unit_of(metric)}".rstrip()
+
+
+def named(metric: str) -> str:
+    """`select_ce (nats per token)`."""
+    return f"{metric} ({unit_of(metric)})" if unit_of(metric) else metric
 
 
 def _space(sweep: SweepConfig | None) -> Space | None:

@@ -26,8 +26,7 @@ from neo_ray.charts import (
     log_ticks,
     row_scale,
 )
-from neo_ray.evidence import number
-from neo_ray.guidelines import unit_of
+from neo_ray.evidence import named, number
 from neo_ray.histories import curves, seeds, timeline
 from neo_ray.report import Analysis
 from neo_ray.slices import costs, parallel, slices
@@ -64,7 +63,7 @@ def matrix(analysis: Analysis) -> Chart:
         rows=len(found.ranks),
     )
     caption = (
-        f"The best {found.metric} ({unit_of(found.metric)}) of the COMPLETE trials in each cell; darker is better. ★ is the best "
+        f"The best {named(found.metric)} of the COMPLETE trials in each cell; darker is better. ★ is the best "
         f"of all: {number(found.cells[i][j].best)} in trial {found.cells[i][j].best_id}, rank {number(found.ranks[i])}, "
         f"learning rate {rates[j]}."
     )
@@ -130,7 +129,7 @@ def gains(analysis: Analysis) -> Chart:
         layers.insert(0, Span("less than one run's noise", "region", -evidence.noise.sd, evidence.noise.sd))
     panel = Panel(Scale(f"gain in {metric}"), row_scale(names), tuple(layers), rows=len(fitted))
     untold = [axis for axis in evidence.axes if axis not in {effect.axis for effect in fitted}]
-    caption = f"What the fit expects of each axis: its best value over its worst, {unit_of(metric)}, with 95 % intervals."
+    caption = f"What the fit expects of each axis: its best value over its worst, in {named(metric)}, with 95 % intervals."
     caption += f" The strip is one standard deviation of a run, {number(evidence.noise.sd, 3)}." if evidence.noise else ""
     caption += f" Not told by the trials: {', '.join(untold)}." if untold else ""
     return Chart("gains", "What each axis is worth", caption, (panel,))

@@ -18,13 +18,12 @@ from scipy import stats
 from neo_ray.axes import number_type
 from neo_ray.config import SweepConfig
 from neo_ray.effects import AxisEffect, effects_of, shortage
-from neo_ray.evidence import Evidence, Scope, for_laws, gather, number, with_leaves
+from neo_ray.evidence import Evidence, Scope, for_laws, gather, number, unit_of, with_leaves
 from neo_ray.records import TrialRecord
 from neo_ray.settings import TrialConfig, trial_leaves
 from neo_ray.statistics import CONFIDENCE, column, compare, complete, edge_of, gains_of, is_log, is_numeric, setting_of
 
 Verdict = Literal["supported", "refuted", "undecided"]
-UNITS = {"ce": "nats per token", "kl": "nats per token", "bits_per_byte": "bits per byte"}
 REFERENCE = {"method": "neo", "rank": 64, "learning_rate": 2e-4, "kd_ratio": 0.5}
 """Defaults of the LLM-Neo reference code (yang3121099/LLM-Neo), with alpha = 2 × rank."""
 TEACHER_AXES = ("kd_ratio", "temperature", "divergence", "jsd_beta", "skew", "head_mass")
@@ -90,10 +89,6 @@ def guidelines_of(evidence: Evidence, effects: dict[str, AxisEffect | None] | No
     decided += [edge for axis in evidence.tested for edge in _extensions(evidence, axis, *by_axis[axis])]
     order = {"supported": 0, "refuted": 1, "undecided": 2}
     return sorted(decided, key=lambda g: (order[g.verdict], g.effect is None, -abs(g.effect or 0.0)))
-
-
-def unit_of(metric: str) -> str:
-    return UNITS.get(metric.partition("_")[2], metric)
 
 
 def _decide(evidence: Evidence, drafts: list[_Draft]) -> list[Guideline]:

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from neo_ray.charts import Bars, Chart, Layer, Lines, NotDrawn, Panel, Points, Role, Scale, paths, row_scale
-from neo_ray.evidence import number
-from neo_ray.guidelines import unit_of
+from neo_ray.evidence import named, number
 from neo_ray.records import TrialRecord
 from neo_ray.report import ORDER, Analysis, ranked
 from neo_ray.statistics import column, complete, setting_of, sign_of
@@ -83,7 +82,7 @@ def seeds(analysis: Analysis) -> Chart:
             tuple(f"trial {row['id']}, seed {row['seed']}: {metric} {number(row[metric])}" for _, row in at),
         ),
     )
-    caption = f"{metric} ({unit_of(metric)}) of runs that differ in the seed alone: {len(shown)} settings, the best on top."
+    caption = f"{named(metric)} of runs that differ in the seed alone: {len(shown)} settings, the best on top."
     caption += f" The other {len(order) - len(shown)} are worse." if len(order) > len(shown) else ""
     same = [axis for axis in evidence.varied if axis not in telling]
     caption += f" In all of them: {_setting_text(same, first.iloc[0])}." if same else ""

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from neo_ray.evidence import Evidence, number
-from neo_ray.guidelines import unit_of
+from neo_ray.evidence import Evidence, number, with_unit
 from neo_ray.records import TrialRecord
 from neo_ray.searching import ObjectiveConfig
 from neo_ray.trials import setting_key
@@ -62,7 +61,9 @@ def front_trials(evidence: Evidence) -> frozenset[str]:
 
 
 def _amount(name: str, value: float) -> str:
-    return f"{number(value / 1e9)} GB" if name == "peak_memory_bytes" else f"{number(value)} {UNITS.get(name) or unit_of(name)}"
+    if name == "peak_memory_bytes":
+        return f"{number(value / 1e9)} GB"
+    return f"{number(value)} {UNITS[name]}" if name in UNITS else with_unit(number(value), name)
 
 
 def _member(runs: Sequence[TrialRecord], objective: ObjectiveConfig) -> Member:

@@ -6,8 +6,7 @@ from typing import Any
 
 from neo_ray.config import SweepConfig
 from neo_ray.confirmed import confirmed, phase_counts, samplers_of
-from neo_ray.evidence import Evidence, for_laws, number
-from neo_ray.guidelines import unit_of
+from neo_ray.evidence import Evidence, for_laws, number, with_unit
 
 
 def how_line(sweep: SweepConfig) -> str:
@@ -34,18 +33,22 @@ def confirmed_lines(evidence: Evidence) -> list[str]:
     if found is None:
         return []
     setting = _setting_text(found.params)
-    seeds, unit = f"{len(found.seeds)} fresh seeds ({', '.join(map(str, found.seeds))})", unit_of(found.metric)
+    seeds = f"{len(found.seeds)} fresh seeds ({', '.join(map(str, found.seeds))})"
+    value = with_unit(number(found.value), found.metric)
     lines = [
         f"Of {found.num_settings} settings that ran again with {seeds}, the best is {setting}"
-        f"{', the reference itself' if found.is_reference else ''}: {found.metric} {number(found.value)} {unit} on average"
+        f"{', the reference itself' if found.is_reference else ''}: {found.metric} {value} on average"
     ]
     if found.gain is not None and found.interval is not None:
         low, high = (number(end, 3) for end in found.interval)
         settled = "does not settle it" if found.interval[0] <= 0 <= found.interval[1] else "settles it"
+        gain = with_unit(number(found.gain, 3), found.metric)
         lines.append(
-            f"Its gain over the reference ({found.metric} {number(found.reference)}) is {number(found.gain, 3)} {unit}, seed by "
+            f"Its gain over the reference ({found.metric} {number(found.reference)}) is {gain}, seed by "
             f"seed; the 95 % interval {low} to {high}, corrected for the choice among {found.num_settings - 1}, {settled}"
         )
+    if found.metric == evidence.metric:
+        lines.append(f"{found.metric} has no report split: it judges by the items that it chose by, and only the seeds are fresh")
     if found.left_out:
         others = "; ".join(f"{_setting_text(params)} (has {len(seeds)})" for params, seeds in found.left_out)
         lines.append(f"Not among them, as it diverged or is not COMPLETE with all {len(found.seeds)} of these seeds: {others}")

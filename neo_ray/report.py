@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from neo_ray.config import SweepConfig
 from neo_ray.effects import AxisEffect
-from neo_ray.evidence import Evidence, number
-from neo_ray.guidelines import Guideline, unit_of
+from neo_ray.evidence import Evidence, number, unit_of, with_unit
+from neo_ray.guidelines import Guideline
 from neo_ray.loading import dump, plain, validate
 from neo_ray.pareto import front_lines, front_trials
 from neo_ray.phase_text import confirmed_lines, how_line, phase_lines
@@ -125,7 +125,7 @@ def best_lines(analysis: Analysis) -> list[str]:
         return [f"No COMPLETE trial has a value of {evidence.metric}: there is no best setting, and no guideline."]
     setting = ", ".join(f"{name} {number(value, 3)}" for name, value in record.params.items()) or "the sweep's own values"
     seeds = f", the mean of {best.num_seeds} seeds" if best.num_seeds > 1 else ""
-    lines = [f"Trial {best.id}: {setting}", f"{evidence.metric} {number(best.value)} {unit_of(evidence.metric)}{seeds}"]
+    lines = [f"Trial {best.id}: {setting}", f"{evidence.metric} {with_unit(number(best.value), evidence.metric)}{seeds}"]
     others = [f"{k} {number(v)}" for k, v in sorted(record.metrics.items()) if k != evidence.metric and v is not None]
     lines += [", ".join(others)] if others else []
     if best.margin is not None:
@@ -150,7 +150,7 @@ def evidence_line(guideline: Guideline) -> str:
     """The numbers behind a claim."""
     parts = []
     if guideline.effect is not None:
-        parts.append(f"effect {number(guideline.effect, 3)} {guideline.unit}")
+        parts.append(f"effect {number(guideline.effect, 3)} {guideline.unit}".rstrip())
     if guideline.interval is not None:
         parts.append("95 % {} to {}".format(*(number(end, 3) for end in guideline.interval)))
     if guideline.p_value is not None:
@@ -172,7 +172,8 @@ def scope_lines(analysis: Analysis) -> list[str]:
     if sweep:
         lines.append(f"method: {sweep.method}; {how_line(sweep)}")
     direction = "higher" if evidence.mode == "max" else "lower"
-    return [*lines, f"ranked by: {evidence.metric}, {unit_of(evidence.metric)}, {direction} is better"]
+    ranked_by = [evidence.metric, unit_of(evidence.metric), f"{direction} is better"]
+    return [*lines, f"ranked by: {', '.join(filter(None, ranked_by))}"]
 
 
 def title_of(analysis: Analysis) -> str:

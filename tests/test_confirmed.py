@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ from planted import sweep, trial
 
 from neo_ray.analyze import analyse, guidelines_json
 from neo_ray.confirmed import confirmed, paired, with_all_seeds
-from neo_ray.evidence import gather
+from neo_ray.evidence import gather, named, unit_of, with_unit
 from neo_ray.guidelines import derive
 from neo_ray.loading import dump
 from neo_ray.phase_text import confirmed_lines, phase_lines
 from neo_ray.records import TrialRecord, write_records
-from neo_ray.report import best_yaml, markdown, trials_table
+from neo_ray.report import best_yaml, evidence_line, markdown, trials_table
 
 SEARCH = {"rank": {"choice": [4, 16, 64]}, "learning_rate": {"choice": [2e-4, 1e-3, 5e-3]}}
 PHASES: dict[str, Any] = {"map": {}, "exploit": {}, "confirm": {"top": 2, "seeds": [11, 12, 13]}}
@@ -136,6 +137,24 @@ def test_a_setting_that_diverged_with_a_fresh_seed_is_not_recommended() -> None:
     assert names(with_all_seeds(alone, STUDY, "select_ce")) == {"reference": [11, 12, 13]}, "none of the others is on its way"
     lost = [r.model_copy(update=broken) if r.phase == "confirm" and r.params == REFERENCE else r for r in records()]
     assert names(with_all_seeds(lost, STUDY, "select_ce")) == {"lucky": [11, 12, 13], "good": [11, 12, 13]}
+
+
+def test_benchmarks_are_judged_by_the_items_that_chose_and_that_is_said() -> None:
+    study = sweep(search=SEARCH, phases=PHASES, sampler={}, objective={"metric": "suite"}, evaluation={"suite": "quickstart"})
+    scored = [r.model_copy(update={"metrics": {"suite": 0.8 - 0.1 * (r.metrics["select_ce"] or 0.0)}}) for r in records()]
+    evidence = gather(scored, study)
+    lines = confirmed_lines(evidence)
+    assert "rank 16, learning_rate 1e-3: suite 0.3" in lines[0] and lines[0].endswith(" on average")
+    assert "suite has no report split" in lines[-1] and "only the seeds are fresh" in lines[-1]
+    assert not any("report split" in line for line in confirmed_lines(gather(records(), STUDY)))
+    text = "\n".join([*lines, *(evidence_line(guideline) for guideline in derive(scored, study))])
+    assert "suite suite" not in text and not re.search(r"\d suite", text) and "  " not in text and " ," not in text
+    assert [unit_of(metric) for metric in ("suite", "suite_ce", "report_ce")] == ["", "", "nats per token"]
+    assert (with_unit("0.2293", "suite_x"), named("suite"), named("select_kl")) == (
+        "0.2293",
+        "suite",
+        "select_kl (nats per token)",
+    )
 
 
 def test_a_reference_that_is_best_is_said_to_be() -> None:
