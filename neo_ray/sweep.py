@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 def _dry_run(config: SweepConfig, overrides: list[str], fresh: bool) -> None:
     print(render(make_plan(config, overrides=overrides)))
     checks = (ground.check_accelerator, _check_earlier, *local.CHECKS, local.check_room)
-    for check in (lambda _: _check_same_sweep(config, fresh), *checks):
+    for check in (lambda _: _check_same_sweep(config, fresh), lambda _: _check_seeds(config, fresh), *checks):
         try:
             check(config)
         except ConfigError as error:
@@ -96,6 +96,7 @@ def run(config: SweepConfig, phases: tuple[Phase, ...], fresh: bool = False, ret
     ground.check_writable(config)
     _check_same_sweep(config, fresh)
     ground.check(config)
+    _check_seeds(config, fresh)
     warm = _check_earlier(config)
     refuse_if_held(config.results)
     announce(f"sweep {config.name}: preparing")
@@ -112,7 +113,6 @@ def run(config: SweepConfig, phases: tuple[Phase, ...], fresh: bool = False, ret
         announce(earlier.text)
     events = [] if fresh else list(Journal(config.results).events())
     records, code = retried(fold(events), retry_failed), 0
-    check_seeds_are_fresh(phases, records)
     if lone := orphans(phases, records):
         announce(f"interrupted trials of phases that the file has no longer are left as they are: {', '.join(lone)}")
     left = trials_left(phases, records, lambda tag: hours_of(events, tag))
@@ -211,6 +211,14 @@ def _check_same_sweep(config: SweepConfig, fresh: bool) -> None:
             f"name: {config.results} holds a sweep whose trials mean something else ({'; '.join(changed)}); "
             "take another name, or --fresh to put that one aside"
         )
+
+
+def _check_seeds(config: SweepConfig, fresh: bool) -> None:
+    """Raises ConfigError where `confirm` has a seed that a trial in the results folder has had."""
+    from neo_ray.records import Journal, fold
+
+    if config.phases is not None and config.phases.confirm is not None and not fresh:
+        check_seeds_are_fresh(phases_of(config), fold(Journal(config.results).events()))
 
 
 def _check_earlier(config: SweepConfig) -> list[Warm]:

@@ -20,7 +20,7 @@ from tiny import World
 import neo_ray
 from neo_ray.loading import dump, load, validate
 from neo_ray.prepare import check_same_sources, identities, prepare
-from neo_ray.records import load_records
+from neo_ray.records import Journal, load_records
 from neo_ray.sweep import _set_aside, _write_contract, main
 from neo_ray.trials import differences
 
@@ -280,3 +280,22 @@ def test_a_dry_run_says_what_the_run_would_refuse_of_this_machine(
     assert main(arguments) == 2
     shown = capsys.readouterr()
     assert shown.err == f"error: {refusal.partition('would be refused: ')[2]}\n" and not shown.out, "before anything is prepared"
+
+
+def test_a_dry_run_and_the_run_refuse_seeds_that_trials_have_had(
+    tiny_world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    phases = {"map": {"sampler": {"name": "random"}}, "confirm": {"seeds": [7, 8]}}
+    arguments = [str(sweep_file(tiny_world, tmp_path, sampler={}, phases=phases))]
+    folder = tmp_path / "results" / "tiny"
+    assert main([*arguments, "--dry-run"]) == 0
+    assert "would be refused" not in capsys.readouterr().out and not folder.exists(), "a dry run makes no folder"
+    folder.mkdir(parents=True)
+    Journal(folder).write("start", "0000", params={"rank": 2}, config={}, seed=7, phase="noise")
+    assert main([*arguments, "--dry-run"]) == 0
+    words = "phases.confirm.seeds: 7 is that of trial 0000 (phase noise); give others"
+    assert f"would be refused: {words}\n" in capsys.readouterr().out
+    assert main(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.err == f"error: {words}\n" and not shown.out, "before anything is prepared"
+    assert main([*arguments, "--dry-run", "--fresh"]) == 0 and words not in capsys.readouterr().out
