@@ -38,7 +38,7 @@ from neo_ray.space import build_space
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in FILES}
-MAX_LINES = 460
+MAX_LINES = 480
 STARTS = r"python |make |ray \S+ |pip |source |optuna-dashboard "
 """What begins a command between backticks; `ray up` alone is a name."""
 
