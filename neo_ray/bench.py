@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from neo_ray import bench_summary
+
 if TYPE_CHECKING:
     from neo_ray.bench_turns import Measured
     from neo_ray.config import SweepConfig
@@ -44,7 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(asked: argparse.Namespace, words: list[str]) -> int:
-    from neo_ray import bench_summary
     from neo_ray.settings import ConfigError
 
     try:
@@ -208,15 +209,7 @@ def update_readme(folder: Path) -> None:
     Raises:
         ConfigError: there is no README.md with both marks.
     """
-    from neo_ray.records import write_atomically
-    from neo_ray.settings import ConfigError
-
-    path = folder / "README.md"
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    if BEGIN not in text or END not in text:
-        raise ConfigError(f"{path}: is no file with the lines {BEGIN} and {END}")
-    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
-    write_atomically(path, f"{before}{BEGIN}\n{rendered(folder)}{END}{after}")
+    bench_summary.put_between(folder / "README.md", BEGIN, END, rendered(folder))
 
 
 def rendered(folder: Path) -> str:
@@ -266,11 +259,6 @@ def _conditions(result: dict[str, Any]) -> str:
     return f"{setting}; {facts}; {result['environment']['time'][:10]}: `{result['command']}`"
 
 
-def _time_ratio(_: str, arm: dict[str, Any]) -> str:
-    value, low, high = (arm["time_ratio"][key] for key in ("value", "low", "high"))
-    return f"{value:.2f}" if low == high else f"{value:.2f} [{low:.2f}, {high:.2f}]"
-
-
 def _seconds(_: str, arm: dict[str, Any]) -> str:
     return "{:#.3g} [{:#.3g}, {:#.3g}]".format(arm["median_seconds"], *arm["quartiles_seconds"])
 
@@ -283,7 +271,7 @@ Cell = Callable[[str, dict[str, Any]], str]
 COLUMNS: dict[str, Cell] = {
     "arm": lambda name, _: name,
     "what": lambda _, arm: arm["about"],
-    "time ratio [95 %]": _time_ratio,
+    "time ratio [95 %]": lambda _, arm: bench_summary.ratio_text(arm),
     "counted": _number("counted_ratio", 2),
     "teacher tokens": _number("teacher_tokens", 0),
     "trials' s": _number("trial_seconds", 1),

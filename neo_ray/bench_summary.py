@@ -29,7 +29,12 @@ def summary(folder: Path) -> str:
 
 
 def update(readme: Path, folder: Path) -> None:
-    """Put the table between the two marks of a page.
+    """Bring a page's table up to date. Raises ConfigError: the page has no marks for it."""
+    put_between(readme, BEGIN, END, summary(folder))
+
+
+def put_between(page: Path, begin: str, end: str, text: str) -> None:
+    """Replace what stands between two marks of a page.
 
     Raises:
         ConfigError: the page has no such marks.
@@ -37,10 +42,16 @@ def update(readme: Path, folder: Path) -> None:
     from neo_ray.records import write_atomically
     from neo_ray.settings import ConfigError
 
-    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    if BEGIN not in text or END not in text:
-        raise ConfigError(f"{readme}: is no file with the lines {BEGIN} and {END}")
-    write_atomically(readme, f"{text.partition(BEGIN)[0]}{BEGIN}\n{summary(folder)}{END}{text.partition(END)[2]}")
+    old = page.read_text(encoding="utf-8") if page.is_file() else ""
+    if begin not in old or end not in old:
+        raise ConfigError(f"{page}: is no file with the lines {begin} and {end}")
+    write_atomically(page, f"{old.partition(begin)[0]}{begin}\n{text}{end}{old.partition(end)[2]}")
+
+
+def ratio_text(arm: dict[str, Any]) -> str:
+    """An arm's time ratio with its interval, where there is one."""
+    value, low, high = (arm["time_ratio"][key] for key in ("value", "low", "high"))
+    return f"{value:.2f}" if low == high else f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def _shown(result: dict[str, Any]) -> list[str]:
@@ -49,10 +60,8 @@ def _shown(result: dict[str, Any]) -> list[str]:
 
 def _cells(result: dict[str, Any], arm: str) -> list[str]:
     found, base = result["arms"][arm], result["arms"][result["baseline"]]["about"]
-    ratio = found["time_ratio"]
-    interval = "" if ratio["low"] == ratio["high"] else f" [{ratio['low']:.2f}, {ratio['high']:.2f}]"
     memory = found.get("memory_ratio")
     peak = "" if memory is None else f"{memory:.2f}"
     words = SHOWN[result["benchmark"]][arm]
     command = result["command"].partition(" --out")[0]
-    return [result["device"].split(" ")[0], words, base, f"{ratio['value']:.2f}{interval}", peak, f"`{command}`"]
+    return [result["device"].split(" ")[0], words, base, ratio_text(found), peak, f"`{command}`"]

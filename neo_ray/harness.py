@@ -27,10 +27,10 @@ from torch import nn
 from neo_ray import devices, suites
 from neo_ray.mistakes import guess
 from neo_ray.parts import rank_and_world_size
+from neo_ray.searching import BENCHMARKS
 from neo_ray.settings import ConfigError
 from neo_ray.suites import Suite
 
-METRIC = "suite"
 SEED = 1234
 """Of the draw of solved examples, where a suite has shots: the harness's own default."""
 
@@ -73,7 +73,7 @@ class SuiteScores:
 
     def named(self) -> dict[str, float | None]:
         """As a record's metrics: `suite` for the average, `suite_<benchmark>` for each value."""
-        return {METRIC: self.average, **{f"{METRIC}_{name}": value for name, value in self.values.items()}}
+        return {BENCHMARKS: self.average, **{f"{BENCHMARKS}_{name}": value for name, value in self.values.items()}}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from neo_ray.config import StudentConfig, SweepConfig, TeacherConfig
 from neo_ray.local import check_layers
 from neo_ray.mistakes import guess
 from neo_ray.parts import ModelSource, Sources
-from neo_ray.searching import of_suite
+from neo_ray.searching import BENCHMARKS, of_suite
 from neo_ray.settings import ConfigError
 from neo_ray.space import build_space
 from neo_ray.supply import Supply, choose
@@ -88,7 +88,7 @@ def _suite(config: SweepConfig, announce: Announce) -> str | None:
     folder = suites.make_ready(config.evaluation.suite, config.cache, announce)
     limit, workers = config.evaluation.suite_limit, config.resources.workers_per_trial
     suite = harness.open_suite(folder, limit, workers, 3 in build_space(config).reach("zero_stage")).suite
-    named = {harness.METRIC, *(f"{harness.METRIC}_{benchmark}" for benchmark in suite.benchmarks)}
+    named = {BENCHMARKS, *(f"{BENCHMARKS}_{benchmark}" for benchmark in suite.benchmarks)}
     for metric in (objective.metric for objective in config.objective.all if of_suite(objective.metric)):
         if metric not in named:
             allowed = ", ".join(sorted(named))
