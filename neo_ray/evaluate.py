@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neo_ray import loading
+from neo_ray import door, loading
 from neo_ray.config import SweepConfig
 from neo_ray.mistakes import guess
 from neo_ray.records import TrialRecord, load_records, write_atomically
@@ -50,23 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, metavar="N", help="items of each task, its first ones; all by default")
     parser.add_argument("--trial", action="append", metavar="ID", help="which trials; the best of each method by default")
     asked = parser.parse_args(argv)
-    try:
-        rows = evaluate(asked.path.expanduser(), asked.suite, asked.limit, asked.trial)
-        text = markdown(rows, of_suite(loading.load(asked.path.expanduser() / "sweep.yaml").objective.metric))
-        target = asked.path.expanduser() / "benchmarks" / f"{rows[0].scores.suite.replace(' ', '-')}.md"
+    with door.end(interrupted="interrupted; the models that were asked are kept") as end:
+        folder = asked.path.expanduser()
+        rows = evaluate(folder, asked.suite, asked.limit, asked.trial)
+        text = markdown(rows, of_suite(loading.load(folder / "sweep.yaml").objective.metric))
+        target = folder / "benchmarks" / f"{rows[0].scores.suite.replace(' ', '-')}.md"
         write_atomically(target, text)
-    except ConfigError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or asked.path}: {error.strerror or error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the models that were asked are kept", file=sys.stderr)
-        return 130
-    print(text)
-    print(target)
-    return 0
+        print(text)
+        print(target)
+    return end.code
 
 
 def evaluate(folder: Path, suite: str | None = None, limit: int | None = None, trials: Sequence[str] | None = None) -> list[Row]:
