@@ -1,68 +1,68 @@
-"""How does the teacher see every token once a sweep? Actors fill the shards that a store still lacks."""
+"""How does the teacher see every token once a sweep? Builders fill the shards that a store still lacks."""
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import ray
+from rich.console import Console
 
 from neo_ray import access, filling, inventory, models, stores
 from neo_ray.account import NO_TRIAL, account
 from neo_ray.config import SweepConfig
+from neo_ray.crew import Crew, Look, TargetsFailed
 from neo_ray.data import TokenData, open_data
 from neo_ray.heldout import num_evaluated
-from neo_ray.parts import Sources, TargetSource
+from neo_ray.parts import ModelSource, Sources, TargetSource, received
+from neo_ray.progress import SECONDS_BETWEEN_WORDS, Filling
 from neo_ray.records import Journal
 from neo_ray.settings import ConfigError
-from neo_ray.storage import Folder, address
-from neo_ray.storehouse import InObjects, OnDisk, storehouse
+from neo_ray.storage import Folder, NoRoom, Remote, address, check_room
+from neo_ray.storehouse import sole_builder, storehouse
 from neo_ray.supply import Supply, row_bytes
+from neo_ray.weights import identity
 
 Announce = Callable[[str], None]
-SECONDS_BETWEEN_WORDS = 10.0
-
-
-class TargetsFailed(RuntimeError):
-    """The teacher cannot fill the store."""
 
 
 def stored_targets(
     config: SweepConfig,
     supply: Supply,
     sources: Sources,
-    workers: int,
+    look: Look,
     tokens_of_trials: int | None,
     announce: Announce,
     journal: Journal | None = None,
     past: Sequence[dict[str, Any]] = (),
+    console: Console | None = None,
 ) -> Sources:
     """The sources with a whole store in place of the teacher. What is there already and intact is taken as it is.
 
     Under `targets.mode: auto` the teacher stays alive where a store does not pay, does not fit, or cannot hold its numbers.
 
     Args:
-        workers: how many actors may work at once, each with a trial worker's resources.
+        look: how many builders the cluster holds now, each with a trial worker's resources, and which nodes leave it.
         tokens_of_trials: what all trials together train on, where that is known.
         journal: is told what filling the store took; `past`: its events so far.
+        console: for a bar, where it is a terminal that has no other.
 
     Raises:
         ConfigError: the disk is too small, or the mode does not suit the models.
-        TargetsFailed: the teacher does not load, or an actor keeps dying.
+        TargetsFailed: the teacher does not load, or builders keep dying or falling silent.
+        SourcesDamaged: handed over again, they may serve.
     """
     if supply.mode == "live" or sources.teacher is None:
         return sources
     data = open_data(sources.data)
     source = source_of(config, supply, sources, data)
     folder, cut = source.place, wanted(config, data, stores.shards(data, source.bytes_of_row))
-    bill, house = _Bill(journal, folder, source.recipe.key), storehouse(folder)
-    with house.sole_builder(announce):
+    bill = _Bill(journal, folder, source.recipe.key)
+    with sole_builder(folder, announce):
         bill.catch_up(cut, past)
         lacking = stores.missing(folder, data, cut, with_head=supply.mode == "hidden")
         if lacking:
@@ -70,25 +70,27 @@ def stored_targets(
         try:
             if lacking:
                 _check_pays(config, data, tokens_of_trials)
-                house.make_room(source.bytes_of_row * sum(num_rows(data, lacking).values()))
-                _describe(house, config, source, num_rows(data, cut))
-                house.add_filled(*_fill(config, source, sources, data, lacking, workers, announce, bill))
+                needed = bytes_lacking(source, sources, data, lacking)
+                storehouse(folder).make_room(needed)
+                _describe(folder, config, source, num_rows(data, cut))
+                bill.whole_bytes = needed + inventory.bytes_in(folder)
+                inventory.add_filled(folder, *_fill(config, source, sources, data, lacking, look, announce, bill, console))
             else:
-                _describe(house, config, source, num_rows(data, cut))
+                _describe(folder, config, source, num_rows(data, cut))
                 announce(f"the teacher's targets ({supply.mode}): reused from {folder}")
         except ConfigError as error:
             if config.targets.mode != "auto":
                 raise
             announce(f"the teacher runs in every trial: {error}")
             return sources
-        house.mark_used()
+        inventory.mark_used(folder)
         bill.settle(source.recipe.mode, data, cut, len(lacking))
     return dataclasses.replace(sources, targets=source)
 
 
-def _describe(house: OnDisk | InObjects, config: SweepConfig, source: TargetSource, rows: dict[str, int]) -> None:
+def _describe(folder: Folder, config: SweepConfig, source: TargetSource, rows: dict[str, int]) -> None:
     facts = {"recipe": dataclasses.asdict(source.recipe), "bytes_of_row": source.bytes_of_row}
-    house.describe({**facts, **inventory.names_of(config)}, rows)
+    inventory.describe(folder, {**facts, **inventory.names_of(config)}, rows)
 
 
 def wanted(config: SweepConfig, data: TokenData, cut: list[stores.Shard]) -> list[stores.Shard]:
@@ -105,13 +107,13 @@ def source_of(config: SweepConfig, supply: Supply, sources: Sources, data: Token
     recipe = stores.Recipe(
         mode=supply.mode,
         data=data.fingerprint,
-        teacher=models.identity(sources.teacher.path, sources.teacher.revision),
+        teacher=identity(sources.teacher.path, sources.teacher.revision, config.cache),
         dtype=_dtype_of_workers(config, supply.dtype),
         quantization=sources.teacher.quantization,
         vocabulary=sources.vocabulary,
         temperature=supply.temperature,
         top_k=min(supply.top_k, sources.vocabulary),
-        head=models.identity(sources.student.path, sources.student.revision) if projects else None,
+        head=identity(sources.student.path, sources.student.revision, config.cache) if projects else None,
     )
     folder = config.targets_folder / recipe.key
     return TargetSource(address(folder), recipe, _bytes_of_row(recipe, sources), config.storage.scratch)
@@ -146,14 +148,28 @@ def _check_pays(config: SweepConfig, data: TokenData, tokens_of_trials: int | No
         raise ConfigError(f"all trials together train on {tokens_of_trials:,} tokens, and the data has {whole:,}")
 
 
+def bytes_lacking(source: TargetSource, sources: Sources, data: TokenData, lacking: list[stores.Shard]) -> int:
+    """What a store still takes: rows of shards, and the teacher's head where hidden states go without it so far."""
+    head = 0
+    if source.recipe.mode == "hidden" and not stores.is_whole(source.place, stores.HEAD):
+        from neo_ray import devices
+
+        teacher = _text_config(sources.teacher, "teacher.model")
+        head = teacher.vocab_size * teacher.hidden_size * devices.named_dtype(source.recipe.dtype).itemsize
+    return head + source.bytes_of_row * sum(num_rows(data, lacking).values())
+
+
 def _bytes_of_row(recipe: stores.Recipe, sources: Sources) -> int:
     mode = recipe.mode
     if mode == "topk":
         return row_bytes(mode, recipe.top_k)
     source, where = (sources.student, "student.model") if mode == "projection" else (sources.teacher, "teacher.model")
+    return row_bytes(mode, int(_text_config(source, where).hidden_size))
+
+
+def _text_config(source: ModelSource | None, where: str) -> Any:
     assert source is not None
-    own = models.read_config(source.path, source.revision, source.trust_remote_code, where)
-    return row_bytes(mode, int(own.get_text_config().hidden_size))
+    return models.read_config(source.path, source.revision, source.trust_remote_code, where).get_text_config()
 
 
 def _fill(
@@ -162,69 +178,48 @@ def _fill(
     sources: Sources,
     data: TokenData,
     lacking: list[stores.Shard],
-    workers: int,
+    look: Look,
     announce: Announce,
     bill: _Bill,
+    console: Console | None,
 ) -> tuple[int, float]:
-    """Give shards to actors that are up until none is lacking: one that waits for a node keeps nobody waiting.
+    """Have builders fill what is lacking. Returns the tokens that the teacher has read, and how many a second.
 
-    Returns the tokens that the teacher has read, and how many a second.
+    Plain actors, for they hold the teacher from shard to shard, and which of them has what, and whose fault a loss is, is known.
     """
-    resources, todo, left = config.resources, deque(lacking), len(lacking)
+    resources = config.resources
     builder: Any = ray.remote(_Builder).options(
         num_cpus=resources.cpus_per_worker,
         num_gpus=resources.gpus_per_worker,
         accelerator_type=resources.accelerator_type,
+        max_concurrency=2,  # it says how far it is while it fills
         runtime_env={"env_vars": {"OMP_NUM_THREADS": str(max(1, int(resources.cpus_per_worker)))}},
     )
-    actors: list[Any] = []
-    busy: dict[Any, tuple[Any, stores.Shard | None]] = {}
 
-    def begin() -> None:
-        actors.append(builder.remote(source, sources, bill.fill))
-        busy[actors[-1].ready.remote()] = actors[-1], None
+    def make() -> Any:
+        return builder.remote(source, sources, bill.fill, bill.whole_bytes)
+
+    def filled(shard: stores.Shard | None, told: dict[str, Any]) -> None:
+        if shard is not None:
+            bill.add(shard.name, told)
+        progress.add(told["tokens"])
 
     total = num_tokens(data, lacking)
     announce(f"the teacher reads {total:,} tokens, once for all trials ({source.recipe.mode} targets, at {source.folder})")
-    speed, failures = _Speed(total, announce), 0
     bill.begin()
-    try:
-        for _ in range(min(workers, left)):
-            begin()
-        while left:
-            done, _ = ray.wait(list(busy), timeout=SECONDS_BETWEEN_WORDS)
-            if not done:
-                speed.silent(len(actors))
-                continue
-            actor, shard = busy.pop(done[0])
-            try:
-                told = ray.get(done[0])
-            except ray.exceptions.RayTaskError as error:
-                own = isinstance(error.cause, (ConfigError, TargetsFailed))
-                raise error.cause if own else TargetsFailed(_last_line(error)) from None
-            except ray.exceptions.RayError as error:  # its process died
-                failures = bill.restarts = failures + 1
-                if failures > resources.max_failures:
-                    raise TargetsFailed(_last_line(error)) from None
-                todo.extendleft([shard] if shard is not None else [])
-                begin()
-                continue
-            if shard is not None:
-                left -= 1
-                bill.add(shard.name, told)
-            speed.add(told["tokens"])
-            if todo:
-                shard = todo.popleft()
-                busy[actor.fill.remote(shard)] = actor, shard
-    finally:
-        for actor in actors:
-            ray.kill(actor)
-    return speed.end()
-
-
-def _last_line(error: BaseException) -> str:
-    logging.getLogger("neo_ray").error("the store of targets: %s", error)
-    return f"the teacher's targets: {str(error).strip().splitlines()[-1][:300]}"
+    silence_seconds = 60 * resources.silence_minutes
+    with Filling(total, announce, console) as progress:
+        crew = Crew(make, lacking, look, resources.max_failures, silence_seconds, bill.landed, filled, progress.say)
+        try:
+            while crew.left:
+                if not crew.work(SECONDS_BETWEEN_WORDS):
+                    progress.silent(len(crew.members))
+        finally:
+            bill.restarts = crew.restarts
+            crew.end()
+    rate = progress.rate
+    announce(f"  done: {rate:,.0f} tokens/s")
+    return progress.seen, rate
 
 
 class _Bill:
@@ -233,6 +228,7 @@ class _Bill:
     def __init__(self, journal: Journal | None, folder: Folder, store: str) -> None:
         self.journal, self.folder, self.store = journal, folder, store
         self.fill, self.restarts, self.started = uuid.uuid4().hex[:12], 0, time.monotonic()
+        self.whole_bytes = 0  # of the store, once it is filled
 
     def begin(self) -> None:
         self._write("filling", fill=self.fill, store=self.store)
@@ -240,6 +236,11 @@ class _Bill:
     def add(self, shard: str, told: dict[str, Any]) -> None:
         """`told`: what stands in the shard's record."""
         self._write("filled", shard=shard, **told)
+
+    def landed(self, shard: stores.Shard) -> dict[str, Any]:
+        """What a builder that is gone had filled before anybody heard of it, told as to `add`; empty where it had not."""
+        told = stores.read_record(self.folder, shard.name)
+        return _told(told) if told.get("fill") == self.fill else {}
 
     def catch_up(self, cut: list[stores.Shard], past: Sequence[dict[str, Any]]) -> None:
         """Shards whose driver was killed before it heard of them: their records name its turn. `past`: the journal's events."""
@@ -249,7 +250,7 @@ class _Bill:
         for shard in cut:
             told = stores.read_record(self.folder, shard.name)
             if told.get("fill") in before.fills and (told["fill"], shard.name) not in before.filled:
-                self.add(shard.name, {name: told[name] for name in ("fill", "tokens", "seconds")})
+                self.add(shard.name, _told(told))
 
     def settle(self, mode: str, data: TokenData, cut: list[stores.Shard], num_filled: int) -> None:
         """The store is whole."""
@@ -271,6 +272,11 @@ class _Bill:
             self.journal.write(event, NO_TRIAL, **fields)
 
 
+def _told(record: dict[str, Any]) -> dict[str, Any]:
+    """Of a shard's record, what its builder told."""
+    return {name: record[name] for name in ("fill", "tokens", "seconds")}
+
+
 def num_rows(data: TokenData, wanted: list[stores.Shard]) -> dict[str, int]:
     """Name of a shard → its scored positions."""
     return {shard.name: stores.num_rows(data.split(shard.split), shard) for shard in wanted}
@@ -281,41 +287,14 @@ def num_tokens(data: TokenData, wanted: list[stores.Shard]) -> int:
     return sum(int(data.split(shard.split).num_tokens[shard.first : shard.last].sum()) for shard in wanted)
 
 
-class _Speed:
-    """Says from time to time how fast the teacher reads, from the first shard on."""
-
-    def __init__(self, total: int, announce: Announce) -> None:
-        self.total, self.announce, self.seen = total, announce, 0
-        self.started = self.spoken = time.monotonic()
-
-    def add(self, tokens: int) -> None:
-        if not self.seen and not tokens:  # an actor is up
-            self.started = time.monotonic()
-        self.seen += tokens
-        now = time.monotonic()
-        if self.seen and now - self.spoken > SECONDS_BETWEEN_WORDS:
-            self.spoken, rate = now, self.seen / (now - self.started)
-            left = (self.total - self.seen) / rate
-            self.announce(f"  {self.seen:,} of {self.total:,} tokens, {rate:,.0f} tokens/s, about {left:.0f} s left")
-
-    def silent(self, num_actors: int) -> None:
-        if not self.seen and time.monotonic() - self.spoken > 6 * SECONDS_BETWEEN_WORDS:
-            self.spoken = time.monotonic()
-            self.announce(f"  waiting for room for the teacher ({num_actors} workers asked for)")
-
-    def end(self) -> tuple[int, float]:
-        rate = self.seen / (time.monotonic() - self.started)
-        self.announce(f"  done: {rate:,.0f} tokens/s")
-        return self.seen, rate
-
-
 @contextmanager
-def _writing(what: str) -> Iterator[None]:
+def _writing(folder: Folder, name: str) -> Iterator[None]:
     """A full disk, or an object store that does not answer. What was half written is gone again."""
     try:
         yield
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
+        what = f"{folder / name}" + (f", by way of {folder.here}," if isinstance(folder, Remote) else "")
         raise TargetsFailed(
             f"the teacher's targets: {what} cannot be written ({reason}); once it can, the same command goes on where it was"
         ) from None
@@ -324,15 +303,28 @@ def _writing(what: str) -> Iterator[None]:
 class _Builder:
     """Holds the teacher, and fills a shard at a time."""
 
-    def __init__(self, source: TargetSource, sources: Sources, fill: str) -> None:
-        self.source, self.sources, self.folder, self.turn = source, sources, source.place, fill
+    def __init__(self, source: TargetSource, sources: Sources, fill: str, whole_bytes: int) -> None:
+        self.source, self.sources, self.folder, self.turn, self.whole_bytes = source, sources, source.place, fill, whole_bytes
+
+    def node(self) -> str:
+        """The id of the node that it has come to."""
+        return str(ray.get_runtime_context().get_node_id())
+
+    def tokens_seen(self) -> int:
+        """By the teacher so far; it grows batch by batch."""
+        return self.teacher.tokens_seen
 
     def ready(self) -> dict[str, Any]:
-        """Load the models; no tokens."""
+        """Load the models; no tokens. Raises ConfigError where this machine's disk takes no copy of an object store's rows."""
         from neo_ray import devices
         from neo_ray.parts import load_source
 
-        device, recipe, sources = devices.local_device(), self.source.recipe, self.sources
+        if isinstance(self.folder, Remote):
+            try:
+                check_room(self.folder.here, self.whole_bytes - inventory.bytes_in(self.folder.here))
+            except NoRoom as error:
+                raise ConfigError(f"{error}, or targets.mode=live") from None
+        device, recipe, sources = devices.local_device(), self.source.recipe, received(self.sources)
         dtype = devices.named_dtype(recipe.dtype)
         assert sources.teacher is not None
         head = None
@@ -341,7 +333,7 @@ class _Builder:
         teacher = load_source(sources.teacher, dtype, device, "teacher.model")
         self.teacher = filling.Teacher(recipe, teacher, open_data(sources.data), sources.pad_id, head)
         if recipe.mode == "hidden":
-            with _writing(f"{self.folder}"):
+            with _writing(self.folder, stores.HEAD):
                 stores.write_head(self.folder, self.teacher.head)
         return {"tokens": 0}
 
@@ -351,6 +343,6 @@ class _Builder:
         tensors = self.teacher.fill(shard)
         seconds = time.monotonic() - started
         told = {"fill": self.turn, "tokens": self.teacher.tokens_seen - before, "seconds": seconds}
-        with _writing(f"{self.folder / shard.name}"):
+        with _writing(self.folder, shard.name):
             stores.write_shard(self.folder, shard, tensors, told)
         return told

@@ -11,15 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 CHOICES = 4
-COUNT = 200
-"""Items of a benchmark, if not told otherwise: about a minute of one core with a 135M model."""
 CONTEXT_SENTENCES = 2
 WORDS = (6, 30)
 """Of a choice: fewer give nothing away, more cost time."""
 _END = re.compile(r"(?<=[.!?][\"”’)]|.[.!?])\s+(?=[A-Z\"“‘(])")
 
 
-def make_items(passages: Sequence[str], count: int | None = COUNT) -> list[dict[str, Any]]:
+def make_items(passages: Sequence[str], count: int | None = None) -> list[dict[str, Any]]:
     """One item a passage that has enough sentences, in the order of the passages' hashes.
 
     The context is a passage's first sentences, the right choice its next one; the others are the next sentences of those three
@@ -28,11 +26,11 @@ def make_items(passages: Sequence[str], count: int | None = COUNT) -> list[dict[
     Returns:
         `context`, `choices` (4 texts) and `gold` (which of them) an item.
     """
-    found = [(_hash(text), *cut) for text in dict.fromkeys(passages) if (cut := _cut(text)) is not None]
+    found = [(key_of(text), *cut) for text in dict.fromkeys(passages) if (cut := _cut(text)) is not None]
     found.sort()
     items = []
     for key, context, right in found[:count]:
-        others = sorted(found, key=lambda other: (abs(len(other[2]) - len(right)), _hash(key + other[0])))
+        others = sorted(found, key=lambda other: (abs(len(other[2]) - len(right)), key_of(key + other[0])))
         wrong = [other[2] for other in others if other[2] != right][: CHOICES - 1]
         if len(wrong) < CHOICES - 1:
             break
@@ -41,16 +39,22 @@ def make_items(passages: Sequence[str], count: int | None = COUNT) -> list[dict[
     return items
 
 
+def sentences(text: str) -> list[str]:
+    """Of a passage, with single spaces."""
+    return [" ".join(part.split()) for part in _END.split(text) if part.strip()]
+
+
 def _cut(text: str) -> tuple[str, str] | None:
     """(the first sentences, the next one) of a passage."""
-    sentences = [" ".join(part.split()) for part in _END.split(text) if part.strip()]
-    if len(sentences) <= CONTEXT_SENTENCES:
+    found = sentences(text)
+    if len(found) <= CONTEXT_SENTENCES:
         return None
-    right = sentences[CONTEXT_SENTENCES]
+    right = found[CONTEXT_SENTENCES]
     if not WORDS[0] <= len(right.split()) <= WORDS[1] or right[-1] not in '.!?"”’)':  # a passage's last sentence may be cut off
         return None
-    return " ".join(sentences[:CONTEXT_SENTENCES]), right
+    return " ".join(found[:CONTEXT_SENTENCES]), right
 
 
-def _hash(text: str) -> str:
+def key_of(text: str) -> str:
+    """What items are put in order by: nothing that the text says."""
     return hashlib.sha256(text.encode()).hexdigest()

@@ -50,7 +50,8 @@ def check(config: SweepConfig) -> Supply:
 
 
 def check_writable(config: SweepConfig) -> None:
-    for key, place in (("storage.path", config.results), ("targets.path", config.targets_folder)):
+    shared = (("storage.path", config.results), ("storage.cache", config.shared_cache), ("targets.path", config.targets_folder))
+    for key, place in shared:
         if not isinstance(place, Path):
             uploads.check(place, key)
     for key, path in (("storage.path", config.folder), ("storage.cache", config.cache)):
@@ -95,6 +96,9 @@ def connected(config: SweepConfig, sources: Sources, supply: Supply, announce: A
         slots = cluster.concurrency(config.resources, capacity)
         plan = make_plan(config, _train_split(sources), supply=supply)
         slots = cluster.fit_memory(config.resources, capacity, plan.least_memory_bytes, slots)
+        if (room := cluster.fit_head(config.resources, capacity, slots)) < slots:
+            announce(f"of {slots} trials at a time, the head has memory for the processes of {room}: a larger head takes more")
+            slots = room
         builders = cluster.builders(config.resources, capacity, plan.builder_bytes, slots)
         student = sources.student if config.student.model is not None else None  # a pruned one is made here
         teacher = sources.teacher if supply.mode == "live" else None  # else asked for where a store lacks shards
@@ -122,22 +126,57 @@ def stand(
     Raises:
         ConfigError, TargetsFailed: as `builder.stored_targets`.
     """
+    from neo_ray import cluster
     from neo_ray.builder import stored_targets
+    from neo_ray.crew import SourcesDamaged
+    from neo_ray.handover import hand_over
     from neo_ray.prepare import make_student
+    from neo_ray.progress import SweepConsole
 
-    sources = make_student(config, sources, announce)
-    return stored_targets(config, supply, sources, room.builders, room.plan.tokens_of_all, announce, journal, past)
+    console = SweepConsole()
+    made = make_student(config, sources, announce)
+
+    def look() -> tuple[int, set[str]]:
+        capacity, plan = cluster.present(alone=not config.resources.address), room.plan
+        slots = cluster.places(config.resources, capacity, plan.least_memory_bytes)
+        return cluster.builders(config.resources, capacity, plan.builder_bytes, slots), cluster.draining()
+
+    def stood() -> Sources:
+        given = hand_over(made, config.shared_cache, announce)
+        return stored_targets(config, supply, given, look, room.plan.tokens_of_all, announce, journal, past, console)
+
+    try:
+        return stood()
+    except SourcesDamaged as error:
+        announce(f"{error}: once more")
+        return stood()
 
 
 def mend(config: SweepConfig, sources: Sources, supply: Supply, announce: Announce, journal: Journal) -> None:
-    """Fill again what of the store that trials read is not as it was written; one worker may, in a lost one's place.
+    """Upload and fill again what of the sources of trials is not as it was written; one worker may, in a lost one's place.
 
     Raises:
-        ConfigError, TargetsFailed: as `builder.stored_targets`.
+        ConfigError, TargetsFailed, Damaged: as `builder.stored_targets` and `handover.hand_over`.
     """
+    from neo_ray import cluster
     from neo_ray.builder import stored_targets
+    from neo_ray.handover import hand_over
+    from neo_ray.lease import LeaseLost
 
-    stored_targets(with_store(config, supply), supply, sources, 1, None, announce, journal, list(journal.events()))
+    def look() -> tuple[int, set[str]]:
+        return 1, cluster.draining()
+
+    def mended() -> None:
+        given = hand_over(sources, config.shared_cache, announce)
+        if sources.targets is not None:
+            past = list(journal.events())
+            stored_targets(with_store(config, supply), supply, given, look, None, announce, journal, past)
+
+    try:
+        mended()
+    except LeaseLost as error:  # the other one does the same work, and is waited for
+        announce(f"{error}: once more")
+        mended()
 
 
 def with_store(config: SweepConfig, supply: Supply) -> SweepConfig:

@@ -70,7 +70,7 @@ def evaluate(predict: Predict, parts: Parts, split_name: str, settings: Evaluati
         predicted = predict(batch, parts.vocabulary)
         taught = teach_once(parts, split_name, batches[number], batch)  # by every rank: the teacher may be sharded
         given = next_labels(batch.labels_BL), parts.vocabulary, split.num_bytes[batches[number]].sum()
-        with placement.head_in_full(parts.teacher):
+        with placement.in_full(placement.head_of(parts.teacher)):
             found = predicted.with_head(partial(_batch_sums, predicted, taught, *given))
         sums += found if counts else 0
     ce, kl, tokens, num_bytes = sum_over_ranks(sums.to(parts.device)).tolist()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
+import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -16,9 +17,13 @@ import filelock
 from neo_ray.config import SweepConfig
 from neo_ray.records import write_atomically
 from neo_ray.settings import ConfigError
+from neo_ray.storage import Folder, Remote, free_bytes
 
-RECIPE_FILE, USED = "recipe.json", "used"
-"""In a store's folder: what it is, and a file whose time says when a sweep last took it."""
+RECIPE_FILE, USED, READING = "recipe.json", "used", "reading-"
+"""In a store's folder: what it is; a file whose time (in an object store: whose text) says when a sweep last took it; and one
+such file of each sweep that reads it."""
+IN_USE_SECONDS = 600.0
+"""So old a sign of a reading sweep is that of a dead one; a living one renews it ten times as often."""
 SPARE = 1.1  # of a disk, beyond the store itself
 
 
@@ -26,7 +31,7 @@ SPARE = 1.1  # of a disk, beyond the store itself
 class Stored:
     """One store."""
 
-    folder: Path
+    folder: Folder
     facts: dict[str, Any]
     """Of `recipe.json`: recipe; teacher, student, data by name; made; shards (name → rows); tokens_seen, tokens_per_second, bytes
     as of the last filling that came to its end. Empty where there is none."""
@@ -40,7 +45,8 @@ class Stored:
     def absent(self) -> list[str]:
         """What is not there at all; only reading the checksums tells whether the rest is whole."""
         ends = (".json", ".safetensors")
-        return [name for name in self.files if not all((self.folder / f"{name}{end}").exists() for end in ends)]
+        there = set(sizes_in(self.folder))
+        return [name for name in self.files if not all(f"{name}{end}" in there for end in ends)]
 
     @property
     def num_bytes(self) -> int:
@@ -48,26 +54,35 @@ class Stored:
 
     @property
     def used(self) -> float:
-        """Seconds since 1970: when a sweep last took it, else when its folder last changed."""
-        stamp = self.folder / USED
-        return (stamp if stamp.exists() else self.folder).stat().st_mtime
+        """Seconds since 1970: when a sweep last took it, else when its folder last changed (in an object store: now)."""
+        taken = _stamped(self.folder, USED)
+        if taken is not None:
+            return taken
+        return time.time() if isinstance(self.folder, Remote) else self.folder.stat().st_mtime
 
 
-def stores_in(cache: Path) -> list[Stored]:
-    """The stores of a cache, by key."""
-    return stores_within(folder_of(cache))
+def stores_within(place: Folder) -> list[Stored]:
+    """The stores of a folder of stores, by key."""
+    here = isinstance(place, Path)
+    folders: list[Any] = sorted(place.glob("*/")) if here else [place / name for name in place.names()]  # type: ignore[union-attr]
+    return [Stored(folder, facts_of(folder)) for folder in folders]
 
 
-def stores_within(place: Path) -> list[Stored]:
-    return [Stored(folder, facts_of(folder)) for folder in sorted(place.glob("*/"))]
-
-
-def folder_of(cache: Path) -> Path:
-    """Of a cache's stores."""
+def folder_of(cache: Folder) -> Folder:
+    """Of a cache's stores, unless `targets.path` names another."""
     return cache / "targets"
 
 
-def facts_of(folder: Path) -> dict[str, Any]:
+def check_place(given: Folder, is_cache: bool) -> None:
+    """Raises ConfigError where no store is found as `given` is no cache (`--cache`), or no folder of stores (`--path`)."""
+    option, what = ("--cache", "holds stores itself: --path") if is_cache else ("--path", "is a cache: --cache")
+    if facts_of(given):
+        raise ConfigError(f"{option} {given}: is a store itself, of the key {given.name}: --path the folder that it lies in")
+    if any(stored.facts for stored in stores_within(given if is_cache else folder_of(given))):
+        raise ConfigError(f"{option} {given}: {what} {given}")
+
+
+def facts_of(folder: Folder) -> dict[str, Any]:
     """What a store says of itself; nothing where its `recipe.json` is not there or cannot be read."""
     try:
         facts = json.loads((folder / RECIPE_FILE).read_text(encoding="utf-8"))
@@ -84,29 +99,93 @@ def names_of(config: SweepConfig) -> dict[str, str]:
     return {"teacher": config.teacher.model, "student": student, "data": config.data.source}
 
 
-def describe(folder: Path, names: dict[str, Any], shards: dict[str, int]) -> None:
+def describe(folder: Folder, names: dict[str, Any], shards: dict[str, int]) -> None:
     """Say in the store's folder what it is and which shards it should have by now, on top of those of earlier sweeps."""
     before = facts_of(folder)
     facts = {"made": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "tokens_seen": 0, **before, **names}
     facts["shards"] = dict(sorted({**before.get("shards", {}), **shards}.items()))
     if facts != before:
-        write_atomically(folder / RECIPE_FILE, json.dumps(facts, indent=2) + "\n")
+        _tell(folder, facts)
 
 
-def add_filled(folder: Path, tokens: int, tokens_per_second: float) -> None:
+def add_filled(folder: Folder, tokens: int, tokens_per_second: float) -> None:
     """The teacher has read so many tokens more for the store."""
     facts = facts_of(folder)
     now = {"tokens_seen": facts["tokens_seen"] + tokens, "tokens_per_second": tokens_per_second, "bytes": bytes_in(folder)}
-    write_atomically(folder / RECIPE_FILE, json.dumps({**facts, **now}, indent=2) + "\n")
+    _tell(folder, {**facts, **now})
 
 
-def bytes_in(folder: Path) -> int:
-    """Of the files that are there; one may go meanwhile."""
-    total = 0
-    for path in folder.iterdir():
+def _tell(folder: Folder, facts: dict[str, Any]) -> None:
+    text = json.dumps(facts, indent=2) + "\n"
+    if isinstance(folder, Remote):
+        (folder / RECIPE_FILE).write_text(text)
+    else:
+        write_atomically(folder / RECIPE_FILE, text)
+
+
+def mark_used(folder: Folder) -> None:
+    """A sweep takes the store now."""
+    _stamp(folder, USED)
+
+
+@contextmanager
+def in_use(folder: Folder) -> Iterator[None]:
+    """A sweep reads the store, and says so anew from time to time, until it ends or is killed."""
+    name, ended = f"{READING}{uuid.uuid4().hex[:12]}", threading.Event()
+
+    def renew() -> None:
+        while not ended.wait(IN_USE_SECONDS / 10):
+            with suppress(Exception):  # storage may be away for a while
+                _stamp(folder, name)
+
+    _stamp(folder, name)
+    thread = threading.Thread(target=renew, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        with suppress(Exception):  # it grows old by itself
+            sign = folder / name
+            sign.unlink() if isinstance(sign, Path) else sign.remove()
+
+
+def is_read(folder: Folder) -> bool:
+    """Does a running sweep read the store, or one that died minutes ago?"""
+    signs = [_stamped(folder, name) for name in sizes_in(folder) if name.startswith(READING)]
+    return any(time.time() - sign < IN_USE_SECONDS for sign in signs if sign is not None)
+
+
+def _stamp(folder: Folder, name: str) -> None:
+    if isinstance(folder, Remote):
+        (folder / name).write_text(f"{time.time():.0f}")
+    else:
+        (folder / name).touch()
+
+
+def _stamped(folder: Folder, name: str) -> float | None:
+    """Seconds since 1970; None without such a file."""
+    try:
+        return float((folder / name).read_text()) if isinstance(folder, Remote) else (folder / name).stat().st_mtime
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def bytes_in(folder: Folder) -> int:
+    """Of the files that are there."""
+    return sum(sizes_in(folder).values())
+
+
+def sizes_in(folder: Folder) -> dict[str, int]:
+    """Name → bytes of the files that are there; one may go meanwhile."""
+    if isinstance(folder, Remote):
+        return folder.sizes()
+    sizes = {}
+    for path in folder.iterdir() if folder.exists() else ():
         with suppress(FileNotFoundError):
-            total += path.stat().st_size
-    return total
+            sizes[path.name] = path.stat().st_size
+    return sizes
 
 
 def check_room(stores: Path, needed: int, are: str = "") -> None:
@@ -116,8 +195,7 @@ def check_room(stores: Path, needed: int, are: str = "") -> None:
         stores: the folder of all stores, which need not be there yet.
         needed: bytes; `are` says how sure that is.
     """
-    here = next(path for path in (stores.absolute(), *stores.absolute().parents) if path.exists())
-    free = shutil.disk_usage(here).free
+    free = free_bytes(stores)
     if needed * SPARE > free:
         raise ConfigError(
             f"targets.path: the teacher's targets take {are}{needed / 1e9:,.1f} GB and {stores} has {free / 1e9:,.1f} GB; "
@@ -128,26 +206,3 @@ def check_room(stores: Path, needed: int, are: str = "") -> None:
 def lock_of(folder: Path) -> filelock.BaseFileLock:
     """Whoever fills or removes a store holds it."""
     return filelock.FileLock(folder.with_name(f"{folder.name}.lock"))
-
-
-@contextmanager
-def unless_building(folder: Path) -> Iterator[bool]:
-    """Holds the store's lock; False, and not held, where somebody fills it."""
-    lock = lock_of(folder)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
-
-
-def remove(folder: Path) -> bool:
-    """Take a store away; False where somebody fills it, and it stays."""
-    with unless_building(folder) as free:
-        if free:
-            shutil.rmtree(folder)
-        return free

@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from neo_ray import sources
+from neo_ray import sources, suites
 from neo_ray.assets import is_quickstart
 from neo_ray.config import SweepConfig
+from neo_ray.mistakes import guess
 from neo_ray.plan import make_plan
+from neo_ray.searching import BENCHMARKS, of_suite
 from neo_ray.settings import ConfigError
 from neo_ray.shapes import model_shapes
 
@@ -44,7 +46,22 @@ def check_room(config: SweepConfig) -> None:
         reading.check_room(config)
 
 
-CHECKS = (check_data, check_models, check_pruning)
+def check_suite(config: SweepConfig) -> None:
+    """Raises ConfigError where the suite of benchmarks, a file that it names or a benchmark that is an objective is not there.
+
+    Tasks and their data are the harness's, which takes long to import: the run loads them before it begins.
+    """
+    if config.evaluation.suite is None:
+        return
+    suite = suites.check(config.evaluation.suite)[1]
+    named = {BENCHMARKS, *(f"{BENCHMARKS}_{benchmark}" for benchmark in suite.benchmarks)}
+    for metric in (objective.metric for objective in config.objective.all if of_suite(objective.metric)):
+        if metric not in named:
+            allowed = ", ".join(sorted(named))
+            raise ConfigError(f"objective.metric: {suite.title} has no {metric}{guess(metric, named)}; allowed: {allowed}")
+
+
+CHECKS = (check_data, check_models, check_pruning, check_suite)
 
 
 def locate_model(model: str, where: str) -> str:

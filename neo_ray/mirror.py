@@ -46,7 +46,11 @@ class Mirror(threading.Thread):
         self.storage: optuna.storages.RDBStorage | None = None
         self.copies: dict[int, optuna.trial.FrozenTrial] = {}
         """Trial number → what the database holds of it; its `_trial_id` is the database's."""
-        self.behind = self.caught_up = False
+        self.missing: list[optuna.trial.FrozenTrial] = []
+        """Of the others, those that the database does not hold."""
+        self.begun: dict[str, optuna.trial.FrozenTrial] = {}
+        """Trial → what an earlier start left of it RUNNING; the sampler has not proposed it again yet."""
+        self.behind = self.caught_up = self.anew = False
 
     def run(self) -> None:
         pause = SECONDS_BETWEEN
@@ -77,10 +81,18 @@ class Mirror(threading.Thread):
     def follow(self) -> None:
         """Bring the database up to date. Raises what it raises; the next call goes on from there."""
         storage = self.storage or self._open()
-        for trial in self.others[self.num_others :]:
-            storage.create_new_trial(self.study_id, trial)
-            self.num_others += 1
+        while self.missing:
+            storage.create_new_trial(self.study_id, self.missing[0])
+            del self.missing[0]
         for trial in self.study.get_trials(deepcopy=False):
+            name = trial.user_attrs.get("trial")
+            if name is None and not trial.state.is_finished():
+                continue  # it gets its name in this moment
+            if trial.number not in self.copies and name in self.begun:
+                if not _is_of(self.begun[name], trial):  # another trial of this name, of a sweep that was begun anew
+                    self.storage, self.anew = None, True
+                    return self.follow()
+                self.copies[trial.number] = self.begun.pop(name)
             copy = self.copies.get(trial.number)
             if copy is None:
                 trial_id = storage.create_new_trial(self.study_id, _without_notes(trial))
@@ -95,7 +107,10 @@ class Mirror(threading.Thread):
                 self.copies[trial.number] = storage.get_trial(copy._trial_id)
 
     def _open(self) -> optuna.storages.RDBStorage:
-        """A database with an empty study of this sweep: one of an earlier start is made anew, as the study itself is."""
+        """A database with a study of this sweep: that of an earlier start goes on where it holds what happened and nothing else.
+
+        Otherwise it is made anew, as the study in memory is: Optuna writes and deletes trials one by one, which takes longer.
+        """
         url = study_url(self.config)
         own = {"connect_args": {"timeout": SQLITE_SECONDS}} if url.startswith("sqlite") else {"pool_pre_ping": True}
         storage = optuna.storages.RDBStorage(url, engine_kwargs=own)
@@ -109,14 +124,34 @@ class Mirror(threading.Thread):
             ours = study.user_attrs.get("results", unnamed) == results
             if study.study_name == name and not ours:
                 name = f"{name} ({results})"  # another sweep of this name, in the same database
-        for study in storage.get_all_studies():
-            if study.study_name == name:
-                storage.delete_study(study._study_id)
-        self.study_id, self.copies = storage.create_new_study(self.study.directions, name), {}
-        self.num_others = 0
-        storage.set_study_user_attr(self.study_id, "results", results)
+        self.missing, self.copies, self.begun = list(self.others), {}, {}
+        ids = [study._study_id for study in storage.get_all_studies() if study.study_name == name]
+        if ids and not self.anew and self._goes_on(storage, ids[0]):
+            self.study_id = ids[0]
+        else:
+            if ids:
+                storage.delete_study(ids[0])
+            self.study_id = storage.create_new_study(self.study.directions, name)
+            storage.set_study_user_attr(self.study_id, "results", results)
         self.storage = storage
         return storage
+
+    def _goes_on(self, storage: optuna.storages.RDBStorage, study_id: int) -> bool:
+        """Takes what a study holds over, if each of its trials that ended is one of ours, and ended so."""
+        if storage.get_study_directions(study_id) != self.study.directions:
+            return False
+        rows = storage.get_all_trials(study_id)
+        held = {copy.user_attrs.get("trial"): copy for copy in rows}
+        trials = self.study.get_trials(deepcopy=False)
+        ours = {trial.user_attrs.get("trial"): trial for trial in [*self.others, *trials]}
+        if len(held) != len(rows) or not all(
+            _is_of(copy, ours[name]) if name in ours else not copy.state.is_finished() for name, copy in held.items()
+        ):
+            return False
+        self.copies = {trial.number: held[name] for trial in trials if (name := trial.user_attrs.get("trial")) in held}
+        self.missing = [trial for trial in self.others if trial.user_attrs.get("trial") not in held]
+        self.begun = {str(name): copy for name, copy in held.items() if name not in ours}
+        return True
 
     def _update(self, storage: Any, copy: optuna.trial.FrozenTrial, trial: optuna.trial.FrozenTrial) -> None:
         ours = copy._trial_id
@@ -132,6 +167,14 @@ class Mirror(threading.Thread):
                 storage.set_trial_intermediate_value(ours, step, value)
         if trial.state.is_finished():
             storage.set_trial_state_values(ours, trial.state, trial.values)
+
+
+def _is_of(copy: optuna.trial.FrozenTrial, trial: optuna.trial.FrozenTrial) -> bool:
+    """Whether a row that ended says of a trial what is so, and one that has not may still become it."""
+    if not copy.state.is_finished():
+        return all(trial.params.get(name) == value for name, value in copy.params.items())
+    values = copy.values == trial.values or copy.state != optuna.trial.TrialState.COMPLETE
+    return copy.state == trial.state and copy.params == trial.params and values
 
 
 def _without_notes(trial: optuna.trial.FrozenTrial) -> optuna.trial.FrozenTrial:

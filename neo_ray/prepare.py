@@ -12,17 +12,16 @@ from typing import Any
 from neo_ray import quickstart
 from neo_ray.assets import is_quickstart
 from neo_ray.config import StudentConfig, SweepConfig, TeacherConfig
-from neo_ray.local import check_layers
-from neo_ray.mistakes import guess
+from neo_ray.local import check_layers, check_suite
 from neo_ray.parts import ModelSource, Sources
-from neo_ray.searching import BENCHMARKS, of_suite
+from neo_ray.searching import ObjectiveConfig
 from neo_ray.settings import ConfigError
 from neo_ray.space import build_space
 from neo_ray.supply import Supply, choose
+from neo_ray.uploads import SOURCES_FILE
+from neo_ray.weights import identity
 
 Announce = Callable[[str], None]
-SOURCES_FILE = "sources.json"
-"""In a results folder: the `identities` of what its trials ran on."""
 
 
 def prepare(config: SweepConfig, announce: Announce) -> Sources:
@@ -79,20 +78,29 @@ def prepare(config: SweepConfig, announce: Announce) -> Sources:
     return Sources(student, str(folder.resolve()), teacher, vocabulary, pad or 0, placement, suite=_suite(config, announce))
 
 
+def for_scoring(config: SweepConfig, suite: str | None = None, limit: int | None = None) -> SweepConfig:
+    """The sweep as one process prepares it to score its models again: on this suite of benchmarks, or on none.
+
+    What trials were ranked by plays no part then, and a suite that is not asked need not be had.
+    """
+    asked = config.evaluation.model_copy(update={"suite": suite, "suite_at": "end", "suite_limit": limit})
+    changed: dict[str, Any] = {"evaluation": asked, "objective": ObjectiveConfig()}
+    changed["resources"] = config.resources.model_copy(update={"workers_per_trial": 1})
+    if config.teacher is not None:
+        changed["teacher"] = config.teacher.model_copy(update={"placement": "replicated"})
+    return config.model_copy(update=changed)
+
+
 def _suite(config: SweepConfig, announce: Announce) -> str | None:
     """The folder of the benchmarks, once each of them can be had and states its metric."""
     if config.evaluation.suite is None:
         return None
     from neo_ray import harness, suites
 
+    check_suite(config)
     folder = suites.make_ready(config.evaluation.suite, config.cache, announce)
     limit, workers = config.evaluation.suite_limit, config.resources.workers_per_trial
-    suite = harness.open_suite(folder, limit, workers, 3 in build_space(config).reach("zero_stage")).suite
-    named = {BENCHMARKS, *(f"{BENCHMARKS}_{benchmark}" for benchmark in suite.benchmarks)}
-    for metric in (objective.metric for objective in config.objective.all if of_suite(objective.metric)):
-        if metric not in named:
-            allowed = ", ".join(sorted(named))
-            raise ConfigError(f"objective.metric: {suite.title} has no {metric}{guess(metric, named)}; allowed: {allowed}")
+    harness.open_suite(folder, limit, workers, 3 in build_space(config).reach("zero_stage"))
     return str(folder.resolve())
 
 
@@ -104,22 +112,21 @@ def supply_of(config: SweepConfig, sources: Sources) -> Supply:
     """
     from neo_ray import models
 
-    student = sources.student
-    own = models.read_config(student.path, student.revision, student.trust_remote_code, "student.model").get_text_config()
-    return choose(config, build_space(config), getattr(own, "final_logit_softcapping", None))
+    student, where = sources.student, "student.model"
+    own = models.read_config(student.path, student.revision, student.trust_remote_code, where)
+    heads = models.head_names(models.outline(student.path, own, student.trust_remote_code, where))
+    return choose(config, build_space(config), getattr(own.get_text_config(), "final_logit_softcapping", None), heads)
 
 
 def identities(config: SweepConfig, sources: Sources) -> dict[str, str]:
     """What the data and the weights are, whatever their path: the same strings mean the same trials."""
-    from neo_ray import models
-
     found = {"data.source": Path(sources.data).name}
     if sources.suite is not None:
         found["evaluation.suite"] = Path(sources.suite).name
     if config.teacher is not None and sources.teacher is not None:
-        found["teacher.model"] = models.identity(sources.teacher.path, sources.teacher.revision)
+        found["teacher.model"] = identity(sources.teacher.path, sources.teacher.revision, config.cache)
     if config.student.model is not None:
-        found["student.model"] = models.identity(sources.student.path, sources.student.revision)
+        found["student.model"] = identity(sources.student.path, sources.student.revision, config.cache)
     return found
 
 
@@ -138,8 +145,10 @@ def check_same_sources(results: Path, now: dict[str, str], remedy: str) -> None:
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     changed = [name for name in before if name in now and before[name] != now[name]]
     if changed:
-        values = f"{before[changed[0]]} → {now[changed[0]]}"
-        raise ConfigError(f"{changed[0]}: {' and '.join(changed)} changed since {results} was begun ({values}); {remedy}")
+        was, is_now = before[changed[0]], now[changed[0]]
+        alike = was.startswith("sha256:") == is_now.startswith("sha256:")  # else one is a name, or tells less than every byte
+        how = "changed since" if alike else "cannot be told to be the same as when"
+        raise ConfigError(f"{changed[0]}: {' and '.join(changed)} {how} {results} was begun ({was} → {is_now}); {remedy}")
 
 
 def make_student(config: SweepConfig, sources: Sources, announce: Announce = lambda _: None) -> Sources:

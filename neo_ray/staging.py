@@ -7,7 +7,6 @@ not what was written loses its record, so that the next sweep makes it anew.
 from __future__ import annotations
 
 import json
-import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from neo_ray.storage import Damaged, Folder, Remote, alone, bring_file, checksum
+from neo_ray.inventory import bytes_in
+from neo_ray.storage import Damaged, Folder, Remote, alone, bring_file, check_room, checksum, part_of
 
 THREADS = 4
 """Shards that are brought ahead at a time."""
@@ -36,15 +36,15 @@ def recorded(place: Remote) -> dict[str, int]:
 
 
 @contextmanager
-def written(folder: Folder) -> Iterator[Path]:
-    """A folder to write files into; what is in it goes to its place at the end, records last."""
+def written(folder: Folder, name: str) -> Iterator[Path]:
+    """A folder to write a file and its record into; what is in it goes to its place at the end, the record last."""
     if isinstance(folder, Path):
         yield folder
         return
-    folder.here.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.here.parent, prefix=".part-") as name:
-        yield Path(name)
-        for file in sorted(Path(name).iterdir(), key=lambda file: file.suffix == ".json"):
+    with alone(folder.here / name), part_of(folder.here / f"{name}.new") as part:
+        part.mkdir()
+        yield part
+        for file in sorted(part.iterdir(), key=lambda file: file.suffix == ".json"):
             (folder / file.name).upload(file)
 
 
@@ -52,8 +52,13 @@ class Staged:
     """The files of a store, brought to this machine by whichever of its processes comes first."""
 
     def __init__(self, place: Remote, ahead: Sequence[str] = ()) -> None:
-        """`ahead`: names to bring in the background, in this order, while others are in use."""
+        """`ahead`: names to bring in the background, in this order, while others are in use.
+
+        Raises:
+            NoRoom: this machine's disk takes no copy of all that stands there.
+        """
         self.place, self.folder = place, place.here
+        check_room(self.folder, bytes_in(place) - bytes_in(self.folder))
         self.sound: dict[str, Any] = {}
         self.waiting = deque(ahead)
         for _ in range(min(THREADS, len(ahead))):
@@ -64,6 +69,7 @@ class Staged:
 
         Raises:
             Damaged: what is stored is not what was written.
+            NoRoom: the disk took no copy.
         """
         if name not in self.sound:
             with alone(self.folder / name):

@@ -7,6 +7,7 @@ not answer is asked again for a bounded time.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -40,13 +41,24 @@ LASTING = (
     TypeError,
 )
 """Errors that asking again does not mend."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Numbers of a disk's errors that it does not mend either."""
 RECORD = "whole.json"
 """In a folder that was uploaded: names, sizes and checksums of its files."""
+PART = ".part-"
+"""Beginning of the names of what is not whole yet."""
 T = TypeVar("T")
 
 
 class Damaged(RuntimeError):
     """What is stored is not what was written."""
+
+
+class NoRoom(OSError):
+    """A disk of this machine takes no copy of what an object store holds."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,11 @@ class Remote:
     def here(self) -> Path:
         """The folder on this machine where its files are brought to, and are written before they go there."""
         return scratch_folder(self.scratch) / f"{self.name}-{hashlib.blake2b(self.url.encode(), digest_size=6).hexdigest()}"
+
+    def copies(self) -> list[Path]:
+        """`here` of each place directly below of which this machine has files. Asks nobody else."""
+        found = scratch_folder(self.scratch).glob("*-*/")
+        return sorted(path for path in found if (self / path.name.rpartition("-")[0]).here == path)
 
     def exists(self) -> bool:
         return self._ask("exists")
@@ -134,10 +151,15 @@ class Remote:
     def download(self, file: Path) -> None:
         """Whole or not at all."""
         fs, path = self._open()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with _part_of(file) as part:
-            self._patiently(lambda: fs.get_file(path, str(part)))
-            os.replace(part, file)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with part_of(file) as part:
+                self._patiently(lambda: fs.get_file(path, str(part)))
+                os.replace(part, file)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            raise no_room(file.parent, int(self._ask("size"))) from error
 
     def remove(self) -> None:
         """The object, or everything below; nothing where there is nothing."""
@@ -166,11 +188,16 @@ class Remote:
         attempts = tenacity.Retrying(
             stop=tenacity.stop_after_delay(self.patience_seconds),
             wait=tenacity.wait_random_exponential(multiplier=0.5, max=20),
-            retry=tenacity.retry_if_exception(lambda error: isinstance(error, Exception) and not isinstance(error, LASTING)),
+            retry=tenacity.retry_if_exception(_passes),
             before_sleep=lambda state: logging.getLogger("neo_ray").warning("%s: %s", self.url, state.outcome),
             reraise=True,
         )
         return attempts(call)
+
+
+def _passes(error: BaseException) -> bool:
+    """May asking again mend it?"""
+    return isinstance(error, Exception) and not isinstance(error, LASTING) and getattr(error, "errno", None) not in FULL
 
 
 Folder = Path | Remote
@@ -198,6 +225,23 @@ def scratch_folder(setting: str | None) -> Path:
     return Path(tempfile.gettempdir()) / f"neo_ray-{os.getuid()}"
 
 
+def free_bytes(folder: Path) -> int:
+    """Of the disk of a folder, which need not be there yet."""
+    here = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(here).free
+
+
+def no_room(folder: Path, wanted_bytes: int) -> NoRoom:
+    sizes = f"{wanted_bytes:,} bytes wanted, {free_bytes(folder):,} bytes free"
+    return NoRoom(errno.ENOSPC, f"storage.scratch: {folder}: {sizes}; name a folder on a larger disk")
+
+
+def check_room(folder: Path, wanted_bytes: int) -> None:
+    """Raises NoRoom where its disk has less free."""
+    if wanted_bytes > free_bytes(folder):
+        raise no_room(folder, wanted_bytes)
+
+
 def checksum(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
@@ -205,37 +249,56 @@ def checksum(path: Path) -> str:
 
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Of the processes of this machine that would make or bring the same thing, one at a time."""
+    """Of the processes of this machine that would make or bring the same thing, one at a time. Parts of a killed one's go."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    part = re.compile(re.escape(f"{PART}{path.name}") + r"(\..+)?-[0-9a-f]{8}")
     with filelock.FileLock(path.with_name(f".{path.name}.lock")):
+        for left in filter(lambda one: part.fullmatch(one.name), path.parent.glob(f"{PART}*")):
+            _remove(left)
         yield
+
+
+def record_of(folder: Path) -> str:
+    """What `RECORD` says of a folder, from its files as they are."""
+    listed = {str(path.relative_to(folder)): [path.stat().st_size, checksum(path)] for path in _files_of(folder)}
+    return json.dumps(listed)
+
+
+def recorded(place: Folder) -> str | None:
+    """The record that stands with a folder; None without one."""
+    try:
+        return (place / RECORD).read_text()
+    except FileNotFoundError:
+        return None
 
 
 def upload_folder(folder: Path, place: Remote) -> None:
     """All files of a folder, and last the record that makes them whole; what was there before is none until then."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
     (place / RECORD).remove()
-    for path in files:
+    for path in _files_of(folder):
         (place / str(path.relative_to(folder))).upload(path)
-    listed = {str(path.relative_to(folder)): [path.stat().st_size, checksum(path)] for path in files}
-    (place / RECORD).write_text(json.dumps(listed))
+    (place / RECORD).write_text(record_of(folder))
 
 
-def bring_folder(place: Remote, folder: Path) -> bool:
+def bring_folder(place: Remote, folder: Path, record: str | None = None) -> bool:
     """Make a local folder what was uploaded, once for all processes of this machine. False where nothing whole is there.
+
+    Args:
+        record: of the files to bring; without it the one that stands there.
 
     Raises:
         Damaged: a file is not what was uploaded.
     """
-    try:
-        record = (place / RECORD).read_text()
-    except FileNotFoundError:
+    record = recorded(place) if record is None else record
+    if record is None:
         return False
     with alone(folder):
-        if _is_record(folder / RECORD, record):
+        if recorded(folder) == record:
             return True
-        with _part_of(folder) as part:
-            for name, (_, expected) in json.loads(record).items():
+        files = json.loads(record)
+        check_room(folder, sum(size for size, _ in files.values()))
+        with part_of(folder) as part:
+            for name, (_, expected) in files.items():
                 bring_file(place / name, part / name, expected)
             (part / RECORD).write_text(record)
             shutil.rmtree(folder, ignore_errors=True)
@@ -260,19 +323,20 @@ def bring_file(place: Remote, file: Path, expected: str) -> None:
     raise Damaged(f"{place} is not what was written")
 
 
-def _is_record(path: Path, text: str) -> bool:
-    try:
-        return path.read_text() == text
-    except OSError:
-        return False
+def _files_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
 
 
 @contextmanager
-def _part_of(path: Path) -> Iterator[Path]:
+def part_of(path: Path) -> Iterator[Path]:
     """A name beside it, for what is not whole yet; nothing is left there."""
-    part = path.with_name(f".part-{path.name}-{uuid.uuid4().hex[:8]}")
+    part = path.with_name(f"{PART}{path.name}-{uuid.uuid4().hex[:8]}")
     try:
         yield part
     finally:
-        shutil.rmtree(part, ignore_errors=True)
-        part.unlink(missing_ok=True)
+        _remove(part)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    path.unlink(missing_ok=True)

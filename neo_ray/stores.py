@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,14 +30,14 @@ from torch import Tensor
 from neo_ray import models, staging
 from neo_ray.data import Split, TokenData
 from neo_ray.records import write_atomically
-from neo_ray.storage import Damaged, Folder, Remote
+from neo_ray.storage import PART, Damaged, Folder, Remote
 from neo_ray.storage import checksum as _checksum
 from neo_ray.supply import SHARD_BYTES
 
 FORMAT_VERSION = 1
 """Raise it with any change that gives other numbers or other files."""
-PART, HEAD = ".part-", "head"
-"""Beginning of the names of files that are not whole yet; name of the teacher's head."""
+HEAD = "head"
+"""Name of the teacher's head."""
 Mode = Literal["projection", "hidden", "topk"]
 COLUMNS: dict[Mode, tuple[str, ...]] = {
     "projection": ("c_RH", "constant_R"),
@@ -110,7 +111,7 @@ def write_shard(folder: Folder, shard: Shard, tensors: dict[str, Tensor], told: 
     Args:
         told: what the record says besides.
     """
-    with staging.written(folder) as here:
+    with staging.written(folder, shard.name) as here:
         _write(here, shard.name, tensors, {}, told)
 
 
@@ -146,6 +147,19 @@ def is_whole(folder: Folder, name: str, rows: int | None = None) -> bool:
     return _looked_at(folder)(name, rows)
 
 
+def is_as_written(folder: Folder, name: str, rows: int | None = None) -> bool:
+    """`is_whole`, with every byte read also in an object store, from which the file is brought for it."""
+    if not isinstance(folder, Remote):
+        return _is_whole_here(folder, name, rows)
+    with tempfile.TemporaryDirectory() as brought:
+        try:
+            for file in (f"{name}.json", f"{name}.safetensors"):
+                (folder / file).download(Path(brought) / file)
+        except FileNotFoundError:
+            return False
+        return _is_whole_here(Path(brought), name, rows)
+
+
 def _looked_at(folder: Folder) -> Callable[[str, int | None], bool]:
     """`is_whole` of a store's files, of which an object store lists all at once."""
     if not isinstance(folder, Remote):
@@ -178,7 +192,7 @@ def write_head(folder: Folder, head: models.Head) -> None:
     """The teacher's head, for a store of hidden states: whole or not at all, by whoever comes first or last."""
     tensors = {name: tensor for name, tensor in (("weight_VH", head.weight_VH), ("bias_V", head.bias_V)) if tensor is not None}
     settings = json.dumps({"soft_cap": head.soft_cap, "logit_scale": head.logit_scale})
-    with staging.written(folder) as here:
+    with staging.written(folder, HEAD) as here:
         _write(here, HEAD, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {"head": settings})
 
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from neo_ray.config import SweepConfig
-from neo_ray.settings import ConfigError
+from neo_ray.settings import ConfigError, is_named
 from neo_ray.shapes import ModelShape
 from neo_ray.space import Space
 
-HEADS = ("lm_head", "embed_out", "output", "embed_tokens", "wte")
-"""Layers that are a head, or are tied to one."""
+HEADS = ("lm_head", "embed_out", "output", "embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
+"""What layers that are a head, or may be tied to one, are called, for as long as the model itself was not asked."""
 SHARD_BYTES = 2**26
 """Of a file of a store."""
 
@@ -52,8 +52,12 @@ def bytes_of_row(supply: Supply, teacher: ModelShape | None, student: ModelShape
     return row_bytes(supply.mode, shape.hidden_size) if shape else None
 
 
-def choose(config: SweepConfig, space: Space, soft_cap: float | None = None) -> Supply:
-    """What `targets.mode` comes to for this search space. `soft_cap`: the student head's, where it is known.
+def choose(config: SweepConfig, space: Space, soft_cap: float | None = None, heads: tuple[str, ...] | None = None) -> Supply:
+    """What `targets.mode` comes to for this search space.
+
+    Args:
+        soft_cap: the student head's, where it is known.
+        heads: full names of the student's layers that hold the head's weights, where they are known (`models.head_names`).
 
     Raises:
         ConfigError: the mode asked for is not exact here.
@@ -72,7 +76,7 @@ def choose(config: SweepConfig, space: Space, soft_cap: float | None = None) -> 
         return Supply("live", alive)
     if wanted == "topk":
         return _top_k(config, space)
-    against = next(_against_projection(space, soft_cap), None)
+    against = next(_against_projection(space, soft_cap, heads), None)
     if wanted == "projection" and against:
         raise ConfigError(f"targets.mode: projection is not exact here: {against}; allowed: hidden, live, auto")
     (dtype,) = space.reach("dtype")
@@ -102,7 +106,7 @@ def _against_a_store(config: SweepConfig, space: Space) -> Iterator[str]:
         yield f"teacher.placement: {config.teacher.placement} takes all workers of a trial"
 
 
-def _against_projection(space: Space, soft_cap: float | None) -> Iterator[str]:
+def _against_projection(space: Space, soft_cap: float | None, heads: tuple[str, ...] | None) -> Iterator[str]:
     """Why a projection would not be exact."""
     whole = [method for method in space.reach("method") if method in ("sft", "kd")]
     if whole:
@@ -115,9 +119,15 @@ def _against_projection(space: Space, soft_cap: float | None) -> Iterator[str]:
     if soft_cap is not None:
         yield "the student's head has a soft-cap, and is not linear"
     for name in ("modules_to_save", "target_modules"):
-        touched = [layer for value in space.reach(name) for layer in _layers(value) if layer.rsplit(".", 1)[-1] in HEADS]
+        layers = [layer for value in space.reach(name) for layer in _layers(value)]
+        touched = [layer for layer in layers if _is_head(layer, heads)]
         if touched:
             yield f"lora.{name}: {touched[0]} changes the student's head"
+
+
+def _is_head(layer: str, heads: tuple[str, ...] | None) -> bool:
+    """Is it a head that a setting means by such a name?"""
+    return is_named(layer, HEADS) if heads is None else any(is_named(head, (layer,)) for head in heads)
 
 
 def _temperatures(space: Space) -> list[float]:

@@ -19,6 +19,7 @@ from neo_ray.inventory import Stored
 from neo_ray.mistakes import guess
 from neo_ray.plan import size_text
 from neo_ray.settings import ConfigError
+from neo_ray.storage import Folder, at
 from neo_ray.supply import Supply
 
 SECONDS_A_DAY = 24 * 60 * 60
@@ -39,12 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--delete", action="store_true", help="remove broken shards, so that the next sweep fills them again"
     )
     list_door = doors.add_parser("list", help="a table of the stores")
-    prune_door = doors.add_parser("prune", help="remove stores; one that is being filled stays")
+    prune_door = doors.add_parser("prune", help="remove stores; one that is being filled or read stays")
     prune_door.add_argument("--older-than", type=float, metavar="DAYS", help="those that no sweep took for so long")
     prune_door.add_argument("--key", nargs="+", dest="keys", metavar="KEY", default=[], help="these")
     prune_door.add_argument("--dry-run", action="store_true", help="say what would be removed")
     for one in (verify_door, list_door, prune_door):
-        one.add_argument("--cache", type=Path, metavar="DIR", default=Path(StorageConfig().cache), help="storage.cache")
+        place = one.add_mutually_exclusive_group()
+        place.add_argument("--cache", metavar="DIR|URL", default=StorageConfig().cache, help="storage.cache")
+        place.add_argument("--path", metavar="DIR|URL", help="targets.path, where the sweep file names one")
     asked = parser.parse_args(argv)
     if asked.door == "prune" and asked.older_than is None and not asked.keys:
         prune_door.error("say which: --older-than DAYS or --key KEY …")
@@ -56,15 +59,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(asked: argparse.Namespace) -> int:
     if asked.door == "build":
         return build(loading.load(asked.file, asked.overrides))
-    found = inventory.stores_in(asked.cache.expanduser())
+    found = stores_at(at(asked.path or asked.cache), is_cache=asked.path is None)
     if asked.door == "list":
         return show(found)
     if asked.door == "verify":
         files = [word for word in asked.keys if Path(word).is_file()]
         named = [*map(store_of, files), *chosen(found, [word for word in asked.keys if word not in files])]
         return verify(named if asked.keys else found, asked.delete)
-    old = [] if asked.older_than is None else [s for s in found if days_unused(s) >= asked.older_than]
+    told = [stored for stored in found if stored.facts]  # what says nothing of itself may be anything: by its key alone
+    old = [] if asked.older_than is None else [s for s in told if days_unused(s) >= asked.older_than]
     return prune(list(dict.fromkeys(s.folder for s in [*old, *chosen(found, asked.keys)])), asked.dry_run)
+
+
+def stores_at(given: Folder, is_cache: bool) -> list[Stored]:
+    """The stores of a cache, or of a folder of stores. Raises ConfigError where `given` is another kind of place."""
+    found = inventory.stores_within(inventory.folder_of(given) if is_cache else given)
+    if not any(stored.facts for stored in found):
+        inventory.check_place(given, is_cache)
+    return found
 
 
 def build(config: SweepConfig) -> int:
@@ -72,24 +84,24 @@ def build(config: SweepConfig) -> int:
     ground.check_writable(config)
     _refuse_live(ground.check(config))
     sources, supply = ground.prepared(config, announce)
-    from neo_ray.builder import TargetsFailed
+    from neo_ray.crew import TargetsFailed
+    from neo_ray.lease import LeaseLost
 
     config = ground.with_store(config, supply)
     try:
         with ground.connected(config, sources, supply, announce) as room:
             announce(f"{room.capacity}: room for {room.builders} teachers at a time")
             targets = ground.stand(config, sources, supply, room, announce).targets
-    except TargetsFailed as error:
+    except (TargetsFailed, LeaseLost) as error:
         announce(f"error: {error}")
         return 1
     assert targets is not None
-    size = f", {size_text(inventory.bytes_in(targets.place))}" if isinstance(targets.place, Path) else ""
-    announce(f"the store is whole: {targets.folder}{size}")
+    announce(f"the store is whole: {targets.folder}, {size_text(inventory.bytes_in(targets.place))}")
     return 0
 
 
 def store_of(file: str) -> Stored:
-    """The store on this machine's disk that the sweep of a file takes. Raises ConfigError where it takes none."""
+    """The store that the sweep of a file takes. Raises ConfigError where it takes none."""
     config = loading.load(file)
     _refuse_live(ground.check(config))
     sources, supply = ground.prepared(config, announce)
@@ -101,8 +113,6 @@ def store_of(file: str) -> Stored:
     ray = ground.connected(config, sources, supply, announce) if asks_a_worker(config, supply.dtype) else nullcontext()
     with ray:
         folder = source_of(config, supply, sources, open_data(sources.data)).place
-    if not isinstance(folder, Path):
-        raise ConfigError(f"{file}: targets.path: {folder} is not on this machine; a sweep reads checksums as it brings shards")
     return Stored(folder, inventory.facts_of(folder))
 
 
@@ -160,8 +170,8 @@ def row_of(stored: Stored) -> list[str]:
 
 
 def verify(found: list[Stored], delete: bool) -> int:
-    """Read every file of the stores; 1 where one is not as it was written."""
-    from neo_ray.stores import is_whole
+    """Read every file of the stores (those in an object store are brought one by one); 1 where one is not as it was written."""
+    from neo_ray.stores import is_as_written
 
     code = 0
     for stored in found:
@@ -172,7 +182,7 @@ def verify(found: list[Stored], delete: bool) -> int:
             code = 1
             continue
         files = stored.files
-        broken = [name for name, rows in files.items() if not is_whole(stored.folder, name, rows)]
+        broken = [name for name, rows in files.items() if not is_as_written(stored.folder, name, rows)]
         print(f"{stored.folder.name}: {len(files) - len(broken)} of {len(files)} files whole")
         for name in broken:
             print(f"  {name}: {'missing' if name in stored.absent else 'not what was written'}")
@@ -182,29 +192,48 @@ def verify(found: list[Stored], delete: bool) -> int:
     return code
 
 
-def delete_files(folder: Path, names: list[str]) -> None:
-    with inventory.unless_building(folder) as free:
+def delete_files(folder: Folder, names: list[str]) -> None:
+    from neo_ray.storehouse import unless_building
+
+    with unless_building(folder) as free:
         if not free:
             print("  nothing was deleted: somebody fills this store")
             return
-        for name in names:
-            for end in (".json", ".safetensors"):
-                (folder / f"{name}{end}").unlink(missing_ok=True)
+        for file in (folder / f"{name}{end}" for name in names for end in (".json", ".safetensors")):
+            if isinstance(file, Path):
+                file.unlink(missing_ok=True)
+            else:
+                file.remove()
         print("  deleted; the next sweep fills them again")
 
 
-def prune(folders: list[Path], dry_run: bool) -> int:
+def prune(folders: list[Folder], dry_run: bool) -> int:
     """Remove stores, and say what that frees."""
     total = 0
     for folder in folders:
         size = inventory.bytes_in(folder)
-        if dry_run or inventory.remove(folder):
-            total += size
-            print(f"{folder.name}: {size_text(size)}")
-        else:
-            print(f"{folder.name}: stays: somebody fills it")
+        stays = why_not(folder) if dry_run else remove(folder)
+        total += 0 if stays else size
+        print(f"{folder.name}: {f'stays: {stays}' if stays else size_text(size)}")
     print(f"{'would free' if dry_run else 'freed'} {size_text(total)}")
     return 0
+
+
+def why_not(folder: Folder) -> str:
+    """Why a store must not go, where it must not."""
+    minutes = inventory.IN_USE_SECONDS / 60
+    return f"a sweep reads it (one that was killed counts for {minutes:.0f} minutes)" if inventory.is_read(folder) else ""
+
+
+def remove(folder: Folder) -> str:
+    """Take a store away. Where somebody fills or reads it, it stays: returns why."""
+    from neo_ray.storehouse import storehouse, unless_building
+
+    with unless_building(folder) as free:
+        stays = why_not(folder) if free else "somebody fills it"
+        if not stays:
+            storehouse(folder).remove()
+    return stays
 
 
 if __name__ == "__main__":

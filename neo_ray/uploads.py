@@ -6,6 +6,8 @@ start. Where results are kept in a local folder the two are one, and there is no
 
 from __future__ import annotations
 
+import json
+import logging
 import shutil
 import time
 import uuid
@@ -14,15 +16,24 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from neo_ray.records import Journal, fold, write_records
+from neo_ray import loading
+from neo_ray.config import SweepConfig
+from neo_ray.mistakes import guess
+from neo_ray.records import Journal, TrialRecord, fold, load_records, write_atomically, write_records
 from neo_ray.settings import ConfigError
 from neo_ray.storage import RECORD, Damaged, Folder, Remote, alone, at, bring_folder, upload_folder
 
-CONTRACT = ("sweep.yaml", "sources.json", "environment.json")
+SOURCES_FILE = "sources.json"
+"""In results: the `prepare.identities` of what the trials ran on."""
+CONTRACT = ("sweep.yaml", SOURCES_FILE, "environment.json")
 PATIENCE_AT_THE_DOOR = 30.0
 """Seconds for which a store may fail before a command says so: a mistake in its address looks like an outage."""
+PATIENCE_WITH_COPIES = 10.0
+"""Seconds for which a store may fail before a file that nothing depends on stays here."""
 ITEMS = "suite.json"
 """In a trial's folder: the value of each item of a suite of benchmarks."""
+ASKED = "benchmarks"
+"""In results: `ITEMS` of models that are no trials, and of trials that were asked anew; a folder a suite, limit and model."""
 REPORT = ("trials.jsonl", "guidelines.json", "report.md", "report.html", "best.yaml")
 
 
@@ -51,14 +62,77 @@ def publish(results: Folder, *names: str) -> None:
                 (results / name).upload(results.here / name)
 
 
+def try_to_publish(results: Folder, *names: str) -> str | None:
+    """`publish` of what only tells of a trial (logs, curves), and quickly: no trial waits for it. Why it failed, or None."""
+    try:
+        publish(results if isinstance(results, Path) else results.impatient(PATIENCE_WITH_COPIES), *names)
+    except Exception as error:  # whatever a store can raise
+        logging.getLogger("neo_ray").warning("not uploaded: %s: %s", ", ".join(names), error)
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
 def local_copy(place: str | Folder) -> Path:
-    """What reads a results folder reads this one: sweep file and records of a URL, or the folder itself."""
+    """What reads a results folder reads this one: sweep file, journal, records and items of a URL, or the folder itself."""
     results = at(place) if isinstance(place, str) else place
     if isinstance(results, Path):
         return results
     folder = bring(results)
-    write_records(folder, fold(Journal(results).events()))
+    events = list(Journal(results).events())
+    write_atomically(folder / "journal.jsonl", "".join(json.dumps(event) + "\n" for event in events))
+    records = fold(events)
+    write_records(folder, records)
+    for record in records:
+        if record.state == "COMPLETE" and "suite" in record.details:
+            _bring_items(results, f"trials/{record.id}/{ITEMS}")
+    _bring_asked(results)
     return folder
+
+
+def opened(place: Folder) -> tuple[Path, list[TrialRecord], SweepConfig]:
+    """The folder to read, what its trials say, and its sweep.
+
+    Raises:
+        ConfigError: there is no such folder, or none of a sweep.
+    """
+    folder = local_copy(place)
+    if not folder.is_dir():
+        near = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        raise ConfigError(f"{folder}: there is no such results folder{guess(folder.name, near)}")
+    try:
+        records = load_records(folder)
+    except ValueError as error:
+        raise ConfigError(str(error) if place == folder else f"{place}: holds no sweep") from None
+    return folder, records, loading.load(folder / "sweep.yaml")
+
+
+def bring_untrained(results: Folder) -> None:
+    """A worker takes the untrained student's scores from here; what is not in the store is of an earlier sweep of this name."""
+    if not isinstance(results, Path):
+        there = _bring_asked(results)
+        for path in results.here.glob(f"{ASKED}/*/*/*/{ITEMS}"):
+            if str(path.relative_to(results.here)) not in there:
+                path.unlink(missing_ok=True)
+
+
+def _bring_asked(results: Remote) -> list[str]:
+    asked = results / ASKED
+    models = [
+        f"{ASKED}/{suite}/{limit}/{model}/{ITEMS}"
+        for suite in asked.names()
+        for limit in (asked / suite).names()
+        for model in (asked / suite / limit).names()
+    ]
+    for name in models:
+        _bring_items(results, name)
+    return models
+
+
+def _bring_items(results: Remote, name: str) -> None:
+    try:
+        (results / name).download(results.here / name)
+    except FileNotFoundError:
+        (results.here / name).unlink(missing_ok=True)
 
 
 def bring_checkpoint(results: Folder, trial: str) -> None:
@@ -114,6 +188,7 @@ def publish_end(results: Folder, trial: str, state: str) -> None:
         upload_folder(here / "adapter", results / "trials" / trial / "adapter")
     if state == "COMPLETE" and (here / ITEMS).is_file():
         (results / "trials" / trial / ITEMS).upload(here / ITEMS)
+        publish(results, *(str(path.relative_to(results.here)) for path in results.here.glob(f"{ASKED}/*/*/*/{ITEMS}")))
     shutil.rmtree(here / "checkpoint", ignore_errors=True)  # the one in the store stays until the end is in the journal
 
 

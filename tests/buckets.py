@@ -5,10 +5,22 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from neo_ray.storage import Remote, upload_folder
+from neo_ray.uploads import ASKED, CONTRACT, ITEMS
+
 NUMBERS = itertools.count()
+
+
+@pytest.fixture
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where this process keeps its copies of objects."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
+    return tmp_path / "scratch"
 
 
 @pytest.fixture(scope="session")
@@ -39,3 +51,18 @@ def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     name = f"bucket-{next(NUMBERS)}"
     fsspec.filesystem("s3").mkdir(name)
     return f"s3://{name}"
+
+
+def put_sweep(folder: Path, url: str) -> Remote:
+    """A results folder as a sweep with `storage.path` there would have left it: events, what it is, items of suites, adapters."""
+    place = Remote(url)
+    for number, line in enumerate((folder / "journal.jsonl").read_text().splitlines()):
+        (place / "journal" / f"{number:06d}.json").write_text(line)
+    for name in CONTRACT:
+        if (folder / name).exists():
+            (place / name).upload(folder / name)
+    for items in (*folder.glob(f"trials/*/{ITEMS}"), *folder.glob(f"{ASKED}/*/*/*/{ITEMS}")):
+        (place / str(items.relative_to(folder))).upload(items)
+    for adapter in folder.glob("trials/*/adapter"):
+        upload_folder(adapter, place / str(adapter.relative_to(folder)))
+    return place

@@ -52,16 +52,38 @@ def inject(stores):
 
     stores.write_shard = dying
 """
+HANGING = """
+target = "neo_ray.filling"
+
+def inject(filling):
+    import pathlib, time
+    filling.BATCH_TOKENS = 48
+    mark, fill, of_examples = pathlib.Path(__file__).with_name("hung"), filling.Teacher.fill, filling.Teacher._of_examples
+
+    def filled(teacher, shard):
+        teacher.pause = 0.4 if shard.name == "train-00000" else 0.0
+        if shard.name == "select-00000" and not mark.exists():
+            mark.touch()
+            time.sleep(3600)
+        return fill(teacher, shard)
+
+    def slowly(teacher, *rest):
+        time.sleep(teacher.pause)
+        return of_examples(teacher, *rest)
+
+    filling.Teacher.fill, filling.Teacher._of_examples = filled, slowly
+"""
 
 
 def swept(
-    world: World, folder: Path, mode: str, cache: Path | None = None, fault: str = SMALL_SHARDS
+    world: World, folder: Path, mode: str, cache: Path | None = None, fault: str = SMALL_SHARDS, **resources: Any
 ) -> tuple[str, list[TrialRecord]]:
     """What the sweep said, and its records."""
     folder.mkdir(exist_ok=True)
     (folder / "sitecustomize.py").write_text(FAULT + fault)
     storage = {"path": str(folder / "results"), "cache": str(cache or folder / "cache")}
-    process = start(sweep_file(world, folder, **SETTINGS, targets={"mode": mode}, storage=storage), also_import=folder)
+    changes = {**SETTINGS, "targets": {"mode": mode}, "storage": storage, "resources": {"concurrency": 2, **resources}}
+    process = start(sweep_file(world, folder, **changes), also_import=folder)
     text = finish(process)
     assert process.returncode == 0, text
     return text, load_records(folder / "results" / "tiny")
@@ -114,6 +136,19 @@ def test_a_teacher_that_dies_goes_on_where_it_was(tiny_world: World, tmp_path: P
     events = list(Journal(tmp_path / "dying" / "results" / "tiny").events())
     assert account(events, records).restarts == 1 and account(events, records).builder_tokens == ALL_TOKENS
     assert max(Counter(event["shard"] for event in events if event["event"] == "filled").values()) == 1
+
+
+@pytest.mark.slow
+def test_a_teacher_that_hangs_is_replaced_and_one_that_is_slow_is_not(tiny_world: World, tmp_path: Path) -> None:
+    """18 s of silence are a hang. One shard takes longer, batch by batch; another one's builder says nothing more."""
+    resources = {"concurrency": 1, "silence_minutes": 0.3}
+    text, records = swept(tiny_world, tmp_path / "it", "projection", fault=HANGING, **resources)
+    assert "a teacher is lost (no token for 18 s): another goes on with select-00000" in text
+    assert [record.state for record in records] == ["COMPLETE", "COMPLETE"], text
+    events = list(Journal(tmp_path / "it" / "results" / "tiny").events())
+    seconds = {event["shard"]: event["seconds"] for event in events if event["event"] == "filled"}
+    assert seconds["train-00000"] > 60 * resources["silence_minutes"], "else it shows nothing"
+    assert account(events, records).restarts == 1 and account(events, records).builder_tokens == ALL_TOKENS
 
 
 @pytest.mark.slow

@@ -1,19 +1,23 @@
 """Does the teacher's forward see every unique token exactly once, whatever the trials do with them? Two real sweeps, one cache.
 
 Reference: a hook on the teacher's network in every process of the sweeps, which writes down the tokens of each forward pass.
+For the quickstart pair, docs/studies/once: the counters of its records against its data, counted token by token.
 """
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
+import once
 import pytest
 from doors import finish, start, sweep_file
 from test_faults import FAULT
 from tiny import World
 
 from neo_ray.account import Account, account
+from neo_ray.loading import load
 from neo_ray.records import Journal, TrialRecord, load_records
 
 WATCHED = """
@@ -89,3 +93,34 @@ def test_every_unique_token_is_read_once_for_two_sweeps(tiny_world: World, tmp_p
     living, _, _ = swept(tiny_world, tmp_path, "living", "live", [0], num_trials=2)
     probe = 2 * 9  # made up: by which a worker sees once whether the teacher tells packed sequences apart
     assert read_by_the_network(tmp_path) - first.store_tokens - probe == living.teacher_tokens > 0 == living.target_rows
+
+
+def test_the_page_of_the_quickstart_pair_is_what_its_records_say() -> None:
+    assert (once.FOLDER / "README.md").read_text(encoding="utf-8") == once.page(once.FOLDER)
+
+
+def test_the_quickstart_pair_s_teacher_read_every_token_once_and_rows_are_labelled_positions() -> None:
+    config, (data, found, records) = load(once.FOLDER / "sweep.yaml"), once.loaded(once.FOLDER)
+    unique = {name: sum(split[name] for split in data.values()) for name in ("tokens", "labels")}
+    in_trials = sum(record.details["teacher_tokens"] for record in records)
+    assert found.builder_tokens + in_trials == unique["tokens"] == found.store_tokens > 0 == in_trials == found.restarts
+    assert found.store_rows == found.labels == unique["labels"] > 0
+
+    phases = [record.phase for record in records]
+    assert phases.count("map") == 16 and phases.count("confirm") >= 2 and len(phases) == found.num_trials
+    assert {record.state for record in records} == {"COMPLETE"} and config.trial.training.epochs == 2
+    mapped = {(record.params["batch_size"], record.seed) for record in records if record.phase == "map"}
+    assert mapped == {(2, 0), (2, 1), (4, 0), (4, 1)}
+    assert not {record.seed for record in records if record.phase == "confirm"} & {0, 1}
+    expected = once.rows_of_a_trial(data, config.evaluation.points, epochs=2)
+    rows = [record.details["target_rows"] for record in records]
+    assert set(rows) <= set(expected) and found.target_rows == sum(rows)
+    assert {record.tokens for record in records} == {2 * data["train"]["tokens"]}
+
+
+def test_another_counter_is_seen(tmp_path: Path) -> None:
+    shutil.copytree(once.FOLDER, tmp_path / "once")
+    text = (tmp_path / "once" / "journal.jsonl").read_text()
+    (tmp_path / "once" / "journal.jsonl").write_text(text + text.replace('"shard": "', '"shard": "again-'))
+    assert once.loaded(tmp_path / "once")[1].builder_tokens == 2 * once.loaded(once.FOLDER)[1].builder_tokens
+    assert once.rendered(tmp_path / "once") != once.rendered(once.FOLDER)

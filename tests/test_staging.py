@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 import time
@@ -15,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from neo_ray import bench_reader, models, staging, stores
+from neo_ray import models, staging, stores
 from neo_ray.data import Split
-from neo_ray.storage import Damaged, Remote
+from neo_ray.storage import Damaged, NoRoom, Remote
 from neo_ray.stores import Recipe, Shard, Store
 
 CPU = torch.device("cpu")
@@ -75,7 +76,7 @@ def test_rows_come_through_this_machine_s_copy(place: Remote) -> None:
     assert store.head is not None and store.head.weight_VH.shape == (3, WIDTH)
     (rows,) = store.rows("train", [29, 0, 7], CPU)
     assert rows[:, 0].tolist() == [*range(116, 120), *range(4), *range(28, 32)]
-    assert [path for path in place.here.parent.iterdir() if path.name.startswith(".part")] == []
+    assert [path for path in place.here.parent.rglob("*") if path.name.startswith(".part")] == []
 
 
 def test_shards_are_brought_ahead_of_their_use(place: Remote) -> None:
@@ -119,6 +120,19 @@ def test_a_copy_that_was_harmed_on_this_machine_is_brought_again(place: Remote) 
     assert opened(place).rows("train", [18], CPU)[0].tolist() == rows_of(Shard("train", 3, 18, 19)).tolist()
 
 
+def test_a_store_that_does_not_fit_this_machine_is_refused_when_it_is_opened(
+    place: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What of it is here already needs no room again."""
+    whole = sum(place.sizes().values())
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=whole - 1))
+    with pytest.raises(NoRoom, match=f"storage.scratch: {place.here}: {whole:,} bytes wanted, {whole - 1:,} bytes free"):
+        opened(place)
+    assert not list(place.here.glob("*.safetensors")), "nothing is brought"
+    (place / "train-00000.safetensors").download(place.here / "train-00000.safetensors")
+    opened(place).rows("train", range(EXAMPLES), CPU)
+
+
 def test_two_processes_of_a_machine_bring_each_shard_once(place: Remote) -> None:
     command = [sys.executable, "-c", STAGING, place.url, str(place.scratch)]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
@@ -137,10 +151,3 @@ def test_an_upload_that_ends_early_leaves_no_record(place: Remote, monkeypatch: 
     with pytest.raises(KeyboardInterrupt):
         stores.write_shard(place, shard, {"hidden_RG": rows_of(shard)})
     assert shard.name not in staging.recorded(place)
-
-
-def test_the_reader_s_benchmark_reads_what_it_made_and_leaves_nothing(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_reader, "SECONDS", 0.01)
-    measured = bench_reader.measure_reader(f"{bucket}/bench", rows=1024, width=16, batch=4)
-    assert measured["tokens_per_second"] > 0 and measured["store_bytes"] == 1024 * 36
-    assert Remote(f"{bucket}/bench").names() == []

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
 import pytest
 
 from neo_ray import storage
-from neo_ray.storage import Damaged, Remote
+from neo_ray.storage import Damaged, NoRoom, Remote
 
 COUNTED = """
 import sys
@@ -131,6 +135,44 @@ def test_a_store_that_fails_for_a_while_is_asked_again_for_a_bounded_time(monkey
     with pytest.raises(PermissionError):
         place.read_bytes()
     assert lasting.times == 0, "asked once"
+
+
+@pytest.mark.parametrize("number", storage.FULL)
+def test_a_full_disk_of_this_machine_is_said_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int) -> None:
+    place = Remote(f"memory://{tmp_path.name}/rows")
+    place.write_text("12345")
+    full = Failing(10**9, OSError(number, "no room"))
+    monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "get_file", full)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=3))
+    with pytest.raises(NoRoom) as raised:
+        place.download(tmp_path / "scratch" / "rows")
+    assert full.times == 10**9 - 1, "asked once"
+    words = f"storage.scratch: {tmp_path / 'scratch'}: 5 bytes wanted, 3 bytes free; name a folder on a larger disk"
+    assert str(raised.value) == str(pickle.loads(pickle.dumps(raised.value))) == words
+    assert raised.value.errno == errno.ENOSPC and list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_a_folder_that_does_not_fit_is_refused_before_anything_is_brought(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    place = Remote(f"memory://{tmp_path.name}/full")
+    storage.upload_folder(a_folder(tmp_path / "made"), place)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=10_241))
+    with pytest.raises(NoRoom, match="10,242 bytes wanted, 10,241 bytes free"):
+        storage.bring_folder(place, tmp_path / "back")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=10_242))
+    assert storage.bring_folder(place, tmp_path / "back")
+
+
+def test_what_a_killed_process_brought_halfway_goes_and_what_others_bring_stays(tmp_path: Path) -> None:
+    left = [tmp_path / name for name in (".part-abc-01234567", ".part-abc.safetensors-89abcdef", ".part-abc.new-89abcdef")]
+    others = [tmp_path / name for name in (".part-abcd-01234567", ".part-x-abc-01234567", ".part-abc-0123456")]
+    for folder in (left[0], left[2], others[0]):
+        (folder / "inner").mkdir(parents=True)
+    for file in (left[1], *others[1:]):
+        file.write_text("half of it")
+    with storage.alone(tmp_path / "abc"):
+        assert not any(path.exists() for path in left) and all(path.exists() for path in others)
 
 
 def test_scratch_is_where_the_machine_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

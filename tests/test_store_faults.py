@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from doors import finish, start, sweep_file
-from test_builder import ALL_TOKENS, tokens_read
-from test_faults import FAULT, LONG, reported, wait_for, workers_of
+from doors import finish, kill_driver, start, sweep_file, wait_for
+from test_builder import ALL_TOKENS, SETTINGS, tokens_read
+from test_faults import FAULT, LONG, reported, workers_of
 from tiny import World
 
+from neo_ray import targets
 from neo_ray.account import account
 from neo_ray.records import Journal, load_records
 from neo_ray.storage import Remote, checksum
+from neo_ray.storehouse import WAITING
 
 ONE: dict[str, Any] = {
     **LONG,
@@ -68,6 +67,31 @@ def inject(stores):
     stores.Remote.upload = harmful
 """
 
+TOGETHER = """
+target = "neo_ray.stores"
+
+def inject(stores):
+    import contextlib, pathlib, time
+    from neo_ray import storehouse
+    waited = pathlib.Path(__file__).with_name("waited")
+    write_shard, unless_building, stores.SHARD_BYTES = stores.write_shard, storehouse.unless_building, 2**16
+
+    @contextlib.contextmanager
+    def watched(folder):
+        with unless_building(folder) as free:
+            if not free:
+                waited.touch()
+            yield free
+
+    def write(folder, shard, *rest):
+        until = time.monotonic() + 240
+        while shard.name == "train-00002" and not waited.exists() and time.monotonic() < until:
+            time.sleep(0.1)
+        write_shard(folder, shard, *rest)
+
+    storehouse.unless_building, stores.write_shard = watched, write
+"""
+
 
 def filled(journal: Path) -> Counter[str]:
     """Shard → how often the driver heard that it was filled."""
@@ -77,15 +101,6 @@ def filled(journal: Path) -> Counter[str]:
 def written(store: Path) -> dict[str, int]:
     """Shard → when its file was written, in nanoseconds."""
     return {path.stem: path.stat().st_mtime_ns for path in store.glob("*.safetensors")}
-
-
-def kill_driver(process: subprocess.Popen[str]) -> None:
-    """SIGKILL of the driver alone: its Ray notices."""
-    children = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGKILL)
-    process.wait(60)
-    for left in psutil.wait_procs(children, timeout=60)[1]:
-        left.kill()
 
 
 @pytest.mark.slow
@@ -160,3 +175,38 @@ def test_a_shard_that_a_reader_finds_damaged_is_filled_again_and_its_trial_goes_
     place = Remote(targets["path"]) / key / "train-00001.safetensors"
     place.download(tmp_path / "shard")
     assert checksum(tmp_path / "shard") == json.loads(place.with_name("train-00001.json").read_text())["blake2b"]
+
+
+@pytest.mark.slow
+def test_two_sweeps_at_once_fill_a_store_in_an_object_store_once(
+    tiny_world: World, tmp_path: Path, bucket: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They share nothing but the bucket: caches, copies and results are each one's own. One is half done when the other comes."""
+    (tmp_path / "sitecustomize.py").write_text(FAULT + TOGETHER)
+    url, running = f"{bucket}/targets", {}
+    for name in ("one", "other"):
+        folder = tmp_path / name
+        folder.mkdir()
+        storage = {part: str(folder / part) for part in ("path", "cache", "scratch")}
+        targets_of = {"mode": "projection", "path": url}
+        path = sweep_file(tiny_world, folder, **SETTINGS, targets=targets_of, storage=storage)
+        running[name] = start(path, also_import=tmp_path)
+    texts = {name: finish(process) for name, process in running.items()}
+    assert [process.returncode for process in running.values()] == [0, 0], texts
+    assert (tmp_path / "waited").exists() and not any("Traceback" in text for text in texts.values())
+    assert sorted(tokens_read(text) for text in texts.values()) == [0, ALL_TOKENS]
+    assert [WAITING in " ".join(text.split()) for text in texts.values()] == [not tokens_read(text) for text in texts.values()]
+
+    (key,) = Remote(url).names()
+    store = Remote(url) / key
+    names = {name.removesuffix(".safetensors") for name in store.names() if name.endswith(".safetensors")}
+    journals = [tmp_path / name / "path" / "tiny" for name in running]
+    assert filled(journals[0]) + filled(journals[1]) == Counter(names) and len(names) > 3, "each shard once, by either"
+    accounts = [account(Journal(journal).events(), load_records(journal)) for journal in journals]
+    assert sum(found.builder_tokens for found in accounts) == ALL_TOKENS
+    assert [found.store_tokens for found in accounts] == [ALL_TOKENS] * 2
+    assert not [name for name in store.names() if name.startswith("lease-")], "nobody holds it any more"
+    for journal in journals:
+        assert [(r.state, r.attempts, r.details["targets"]) for r in load_records(journal)] == [("COMPLETE", 1, "projection")] * 2
+    assert targets.main(["verify", "--path", url]) == 0
+    assert f"{len(names)} of {len(names)} files whole" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,17 @@ import pytest
 import torch
 from tiny import World
 
-from neo_ray import data, filling, models, stores
+from neo_ray import adapters, data, filling, models, stores
 from neo_ray.chunked import chunked_loss, projected_loss
 from neo_ray.config import DataConfig
 from neo_ray.data import TokenData, collate
 from neo_ray.filling import Teacher
 from neo_ray.losses import LossSums, neo_loss, next_labels, scored
-from neo_ray.settings import ConfigError, DistillConfig
+from neo_ray.settings import ConfigError, DistillConfig, LoraConfig, TrialConfig
 from neo_ray.stores import Recipe, Shard, Store
+from neo_ray.student import Student
 from neo_ray.supply import row_bytes
+from neo_ray.teaching import Taught
 
 CPU = torch.device("cpu")
 
@@ -106,6 +109,41 @@ def test_stored_targets_give_the_live_loss(pair: Pair, tmp_path: Path, mode: Any
         assert told.ce == pytest.approx(live.ce.item(), rel=1e-5)
         assert torch.cosine_similarity(told_NH.flatten(), live_NH.flatten(), dim=0) > 0.9999
         assert live.kd / live.count > 0.05
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_projection_is_exact_also_where_the_final_norm_is_trained(pair: Pair, tmp_path: Path, temperature: float) -> None:
+    """It went through the head alone. Value and gradient against whole logits of both models."""
+    store, _ = a_store(a_recipe("projection", pair, temperature=temperature), pair, tmp_path)
+    trial = TrialConfig(
+        lora=LoraConfig(rank=4, alpha=8, modules_to_save=("norm",)), distill=DistillConfig(kd_ratio=0.7, temperature=temperature)
+    )
+    network = adapters.attach(copy.deepcopy(pair.student), trial)
+    trained, generator = adapters.trained_parameters(network), torch.Generator().manual_seed(0)
+    with torch.no_grad():  # far from where it began, which is the norm of the student whose head was projected through
+        for parameter in trained.values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) / 8)
+    (norm,) = (name for name in trained if ".norm." in name)
+    indices = [0, 5, 9]
+    batch = collate(pair.tokens.split("train").examples(indices), pair.pad_id)
+    given = {"input_ids": batch.input_ids_BL, "attention_mask": batch.attention_mask_BL}
+    with torch.no_grad():
+        teacher_NV = scored(pair.teacher(**given).logits, batch.labels_BL, pair.vocabulary)
+    student_NV = scored(network(**given).logits, batch.labels_BL, pair.vocabulary)
+    dense = neo_loss(student_NV, next_labels(batch.labels_BL), teacher_NV, trial.distill)
+    theirs = dict(zip(trained, torch.autograd.grad(dense.total, list(trained.values())), strict=True))
+
+    student = Student(network, CPU, torch.float32)
+    c_NH, constant_N = store.rows("train", indices, CPU)
+    output = student(batch.input_ids_BL, batch.attention_mask_BL)
+    sums = student.loss(output, batch.labels_BL, Taught(projected=(c_NH, constant_N)), trial, pair.vocabulary)
+    ours = dict(zip(trained, torch.autograd.grad(sums.total, list(trained.values())), strict=True))
+    assert abs(sums.kd - dense.kd) / dense.count < 2e-3 and dense.kd / dense.count > 0.05
+    assert sums.ce == pytest.approx(dense.ce.item(), rel=1e-5)
+    for name in trained:
+        assert torch.cosine_similarity(ours[name].flatten(), theirs[name].flatten(), dim=0) > 0.9999, name
+        assert ours[name].norm() == pytest.approx(theirs[name].norm().item(), rel=2e-3)
+    assert theirs[norm].norm() > 0
 
 
 def test_a_hidden_state_serves_every_divergence(pair: Pair, tmp_path: Path) -> None:
@@ -207,7 +245,32 @@ def test_values_beyond_half_precision_are_refused(pair: Pair) -> None:
         teacher.fill(Shard("train", 0, 0, 2))
 
 
-def test_batches_of_a_shard_hold_each_example_once(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(filling, "BATCH_TOKENS", 100)
-    found = list(filling._batches(pair.tokens.split("train"), Shard("train", 0, 3, 30)))
+def test_batches_of_a_shard_hold_each_example_once(pair: Pair) -> None:
+    found = list(filling._batches(pair.tokens.split("train"), Shard("train", 0, 3, 30), 100))
     assert sorted(np.concatenate(found).tolist()) == list(range(3, 30)) and len(found) > 9
+
+
+def test_a_batch_that_memory_does_not_hold_is_halved_and_gives_the_same_rows(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard, plain = Shard("train", 0, 0, 12), models.last_hidden
+    recipe, seen = a_recipe("hidden", pair), int(pair.tokens.split("train").num_tokens[:12].sum())
+    wanted, sizes = Teacher(recipe, pair.teacher, pair.tokens, pair.pad_id).fill(shard), list[int]()
+
+    def small(model: Any, input_ids_BL: torch.Tensor, *rest: Any) -> torch.Tensor:
+        sizes.append(len(input_ids_BL))
+        if len(input_ids_BL) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(model, input_ids_BL, *rest)
+
+    monkeypatch.setattr(models, "last_hidden", small)
+    teacher = Teacher(recipe, pair.teacher, pair.tokens, pair.pad_id)
+    for count, tried in ((seen, [12, 6, 3, 3, 6, 3, 3]), (2 * seen, None)):
+        sizes.clear()
+        torch.testing.assert_close(teacher.fill(shard), wanted, rtol=1e-2, atol=1e-3)
+        assert teacher.tokens_seen == count and (sizes == tried if tried else max(sizes) <= 6)
+
+    def none(*_: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(models, "last_hidden", none)
+    with pytest.raises(torch.OutOfMemoryError):
+        teacher.fill(shard)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import BloomConfig, GPT2Config, GPTNeoXConfig, LlamaConfig
 
 from neo_ray.loading import validate
+from neo_ray.parts import ModelSource, Sources
+from neo_ray.prepare import supply_of
 from neo_ray.settings import ConfigError
 from neo_ray.space import build_space
 from neo_ray.supply import Supply, choose, row_bytes
 
+TINY: dict[str, Any] = dict(vocab_size=96, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
 
-def supply(soft_cap: float | None = None, mode: str = "auto", **sections: Any) -> Supply:
+
+def supply(soft_cap: float | None = None, mode: str = "auto", heads: tuple[str, ...] | None = None, **sections: Any) -> Supply:
     given: dict[str, Any] = {"teacher": {"model": "./big"}, "student": {"model": "./small"}, "data": {"source": "./text.jsonl"}}
     config = validate({"name": "tried", **given, "targets": {"mode": mode}, **sections})
-    return choose(config, build_space(config), soft_cap)
+    return choose(config, build_space(config), soft_cap, heads)
 
 
 def test_forward_kl_at_one_temperature_takes_the_projection_at_that_temperature() -> None:
@@ -45,6 +51,33 @@ AGAINST: dict[str, dict[str, Any]] = {
     "modules_to_save: model.embed_tokens": {"lora": {"modules_to_save": ["model.embed_tokens"]}},
     "target_modules: lm_head": {"search": {"target_modules": {"grid": ["all-linear", ["q_proj", "lm_head"]]}}},
 }
+
+
+ARCHITECTURES: dict[str, tuple[Any, str]] = {
+    "tied, word_embeddings": (BloomConfig(vocab_size=96, hidden_size=32, n_head=4, n_layer=1), "word_embeddings"),
+    "apart, embed_in": (GPTNeoXConfig(**TINY, intermediate_size=64, tie_word_embeddings=False), "embed_in"),
+    "apart, lm_head": (LlamaConfig(**TINY, intermediate_size=64, tie_word_embeddings=False), "lm_head"),
+    "tied, embed_tokens": (LlamaConfig(**TINY, intermediate_size=64, tie_word_embeddings=True), "embed_tokens"),
+    "apart, embed_tokens": (LlamaConfig(**TINY, intermediate_size=64, tie_word_embeddings=False), "embed_tokens"),
+    "tied, wte": (GPT2Config(vocab_size=96, n_embd=32, n_layer=1, n_head=4), "wte"),
+    "apart, norm": (LlamaConfig(**TINY, intermediate_size=64, tie_word_embeddings=False), "norm"),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_trained_embedding_is_the_head_exactly_where_the_model_ties_them(name: str, tmp_path: Path) -> None:
+    """Whatever it is called: the model is asked."""
+    shape, layer = ARCHITECTURES[name]
+    shape.save_pretrained(tmp_path)
+    sections = {"student": {"model": str(tmp_path)}, "teacher": {"model": str(tmp_path)}, "data": {"source": "./text.jsonl"}}
+    config = validate({"name": "tried", **sections, "lora": {"modules_to_save": [layer]}})
+    found = supply_of(config, Sources(ModelSource(str(tmp_path)), "data"))
+    assert found.mode == ("hidden" if name.startswith("tied") or layer == "lm_head" else "projection"), found.why
+
+
+@pytest.mark.parametrize("layer", ["word_embeddings", "transformer.word_embeddings", "embed_in", "tok_embeddings", "wte"])
+def test_before_the_model_is_known_a_trained_embedding_counts_as_the_head(layer: str) -> None:
+    assert supply(lora={"modules_to_save": [layer]}).mode == "hidden"
 
 
 @pytest.mark.parametrize("why", AGAINST)

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
-import signal
 import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from doors import finish, start, sweep_file
+from doors import finish, kill, start, sweep_file
 from tiny import World
 
-from neo_ray import analyze, storage, uploads
-from neo_ray.records import Journal, TrialRecord, fold
+from neo_ray import analyze, scores, storage, uploads
+from neo_ray.records import Journal, TrialRecord, fold, load_records
 from neo_ray.storage import Remote
 
 STEPS = 60
@@ -78,32 +74,70 @@ def test_a_fresh_sweep_sets_the_old_one_aside_and_leaves_the_lease(results: Remo
     assert len(fold(Journal(results.with_name(aside)).events())) == 1
 
 
+def test_a_copy_to_read_has_what_the_journal_says_of_the_teacher(results: Remote) -> None:
+    Journal(results).write("start", "0000")
+    Journal(results).write("targets", "", store="abc", tokens=7)
+    here = uploads.local_copy(results)
+    assert [event["event"] for event in Journal(here).events()] == ["start", "targets"]
+    assert (here / "trials.jsonl").read_text().count("\n") == 1
+
+
+def asked(results: Remote, value: float, name: str) -> None:
+    scores.save(scores.SuiteScores("own v3", None, {"a": [value] * 30}), results.here / name)
+
+
+def test_items_of_trials_and_of_the_untrained_student_come_along(results: Remote) -> None:
+    journal = Journal(results)
+    for id in ("0000", "0001"):
+        journal.write("start", id)
+        asked(results, 1.0, f"trials/{id}")
+        asked(results, 0.0, "benchmarks/own-3-abc/all/student")
+        uploads.publish_end(results, id, "COMPLETE")
+        journal.write("end", id, state="COMPLETE", metrics={"suite": 1.0}, details={"suite": "own v3"})
+    shutil.rmtree(results.here)
+    here = uploads.local_copy(results)
+    found = scores.of_results(here, load_records(here))
+    assert {name: one.average for name, one in found.items()} == {"0000": 1.0, "0001": 1.0, "student": 0.0}
+    (results / "trials" / "0001" / "suite.json").remove()
+    here = uploads.local_copy(results)
+    assert set(scores.of_results(here, load_records(here))) == {"0000", "student"}, "of an earlier sweep of this name"
+
+
+def test_a_worker_has_the_untrained_student_s_scores_of_this_sweep_alone(results: Remote) -> None:
+    old = results.here / "benchmarks" / "own-3-abc" / "all" / "student" / "suite.json"
+    asked(results, 0.5, "benchmarks/own-3-abc/all/student")
+    uploads.bring_untrained(results)
+    assert not old.exists(), "a sweep of this name that was set aside has left it here"
+    asked(results, 0.25, "benchmarks/own-3-abc/all/student")
+    asked(results, 1.0, "trials/0000")
+    uploads.publish_end(results, "0000", "COMPLETE")
+    shutil.rmtree(results.here)
+    uploads.bring_untrained(results)
+    assert scores.read(old).average == 0.25
+
+
 def records_of(results: Remote) -> list[TrialRecord]:
     return fold(Journal(results).events())
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_a_sweep_goes_on_from_the_object_store_alone(tiny_world: World, tmp_path: Path, bucket: str) -> None:
-    storage_section = {"path": f"{bucket}/results", "cache": str(tmp_path / "cache"), "scratch": str(tmp_path / "scratch")}
+    storage_section = {"path": f"{bucket}/results", "cache": f"{bucket}/cache", "scratch": str(tmp_path / "scratch")}
     file = sweep_file(tiny_world, tmp_path, **SETTINGS, storage=storage_section, targets={"path": f"{bucket}/targets"})
     results, process = Remote(f"{bucket}/results/tiny"), start(file)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     while time.monotonic() < deadline and process.poll() is None:
         records = records_of(results)
         if len(records) == 2 and records[0].finished and records[1].curve:
             break
         time.sleep(0.2)
-    children = psutil.Process(process.pid).children(recursive=True)
-    os.killpg(process.pid, signal.SIGKILL)
-    for child in children:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.kill()
+    kill(process)
     text = finish(process)
-    psutil.wait_procs(children, timeout=20)
     before = records_of(results)
     assert [record.finished for record in before] == [True, False], text
     assert (results / "trials" / "0001" / "checkpoint").names()
+    assert Remote(f"{bucket}/cache/data").names(), "workers have their tokens from there"
     shutil.rmtree(tmp_path / "scratch")
     again = start(file)
     text = finish(again)
@@ -117,3 +151,4 @@ def test_a_sweep_goes_on_from_the_object_store_alone(tiny_world: World, tmp_path
     assert (results / "trials" / "0001" / "checkpoint").names() == []
     shutil.rmtree(tmp_path / "scratch")
     assert analyze.main([results.url]) == 0
+    assert "tokens once for 2 trials" in (results / "report.md").read_text()
