@@ -6,9 +6,7 @@ Shapes: N scored positions, V vocabulary, H hidden width (the teacher's may be a
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from neo_ray import devices
+from neo_ray.bench_others import liger_loss, not_installed, trl_loss
 from neo_ray.bench_pairs import DENSE_TENSORS, check_memory
 from neo_ray.bench_turns import BASELINE, Announce, Measured, take_turns
 from neo_ray.chunked import chunked_loss, projected_loss, projection
-from neo_ray.losses import IGNORED, TopK, neo_loss, top_k
+from neo_ray.losses import TopK, neo_loss, top_k
 from neo_ray.memory import FP32
 from neo_ray.models import Head
 from neo_ray.settings import DistillConfig
@@ -46,11 +45,31 @@ class LossArm:
     """The mean loss in nats, to call backward on."""
 
 
-def measure_losses(num_tokens: int, vocabulary: int, width: int, teacher_width: int, rounds: int, announce: Announce) -> Measured:
-    """Forward and backward of every loss arm on the same random inputs."""
+def measure_losses(
+    sizes: Sequence[tuple[int, int]], width: int, teacher_width: int, rounds: int, announce: Announce
+) -> list[Measured]:
+    """Forward and backward of every loss arm on the same random inputs, for each of some (N, V).
+
+    Raises:
+        ConfigError: the largest of them does not fit into memory.
+    """
     device = devices.local_device()
     dtype = devices.resolve_dtype("auto", device)
-    check_memory("--preset", loss_bytes(num_tokens, vocabulary, width, teacher_width, dtype.itemsize), device)
+    needed = max(loss_bytes(*size, width, teacher_width, dtype.itemsize) for size in sizes)
+    check_memory("--preset", needed, device)
+    return [_measure(*size, width, teacher_width, rounds, device, dtype, announce) for size in sizes]
+
+
+def _measure(
+    num_tokens: int,
+    vocabulary: int,
+    width: int,
+    teacher_width: int,
+    rounds: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    announce: Announce,
+) -> Measured:
     inputs = make_inputs(num_tokens, vocabulary, width, teacher_width, device, dtype)
 
     def once(arm: LossArm) -> Callable[[int], None]:
@@ -61,11 +80,12 @@ def measure_losses(num_tokens: int, vocabulary: int, width: int, teacher_width: 
         return call
 
     widths = {"tokens": num_tokens, "vocabulary": vocabulary, "width": width, "teacher_width": teacher_width}
-    missing = [name for name, package in PACKAGES.items() if importlib.util.find_spec(package) is None]
+    missing = not_installed(ARMS)
     setting = {**widths, "dtype": str(dtype).removeprefix("torch.")}
     if missing:
         setting["not_installed"] = " ".join(missing)
     arms = {name: arm for name, arm in ARMS.items() if name not in missing}
+    announce(f"{num_tokens} positions, {vocabulary} tokens in the vocabulary")
     samples = take_turns({name: once(arm) for name, arm in arms.items()}, rounds, device, announce)
     return Measured(setting, {name: {"about": arm.about} for name, arm in arms.items()}, samples)
 
@@ -149,22 +169,15 @@ def _projected(inputs: Inputs, known: tuple[Tensor, Tensor] | None) -> Tensor:
 
 
 def of_trl(inputs: Inputs) -> Tensor:
-    """As `dense`, with the divergence of TRL's GKD trainer: at beta = 0 it is forward KL. Its logits are fp32, as ours are."""
-    trainer = importlib.import_module("trl.experimental.gkd").GKDTrainer
+    """As `dense`, with TRL's divergence. Its logits are fp32, as ours are."""
     student_NV = F.linear(inputs.student_NH, inputs.student_head_VH).float()
     teacher_NV = F.linear(inputs.teacher_NH, inputs.teacher_head_VH).float()
-    kd_ratio = DistillConfig().kd_ratio
-    kd = trainer.generalized_jsd_loss(student_NV[None], teacher_NV[None], inputs.labels_N[None], beta=0)
-    return (1 - kd_ratio) * F.cross_entropy(student_NV, inputs.labels_N) + kd_ratio * kd
+    return trl_loss(student_NV[None], teacher_NV[None], inputs.labels_N[None], DistillConfig().kd_ratio)[0]
 
 
 def of_liger(inputs: Inputs) -> Tensor:
-    """Liger's own chunked loss at beta = 0, forward KL. It takes a frozen head's gradient too; compiled on a GPU alone."""
-    liger = importlib.import_module("liger_kernel.chunked_loss").LigerFusedLinearJSDLoss
-    kd_ratio = DistillConfig().kd_ratio
-    on_gpu = inputs.student_NH.device.type == "cuda"
-    loss = liger(1 - kd_ratio, kd_ratio, 0.0, IGNORED, compiled=on_gpu)
-    return loss(inputs.student_NH, inputs.student_head_VH, inputs.teacher_NH, inputs.teacher_head_VH, inputs.labels_N)
+    states = inputs.student_NH, inputs.student_head_VH, inputs.teacher_NH, inputs.teacher_head_VH
+    return liger_loss(*states, inputs.labels_N, DistillConfig().kd_ratio)[0]
 
 
 ARMS = {
@@ -177,5 +190,3 @@ ARMS = {
     "trl": LossArm("both heads, cross-entropy and TRL's GKD loss, dense", of_trl),
     "liger": LossArm("both heads and Liger's chunked JSD loss", of_liger),
 }
-PACKAGES = {"trl": "trl", "liger": "liger_kernel"}
-"""Arms of other libraries: they are left out, and the setting says so, where the package is not installed."""

@@ -24,8 +24,8 @@ from neo_ray.shapes import KNOWN_SHAPES, ModelShape, shape_from_config
 
 ADAM_MOMENTS_BYTES = 2 * FP32
 DENSE_TENSORS = LOSS_TENSORS["forward_kl"] + 3
-"""Live [N, V] tensors of the reference trainer's step, in fp32: at most those that this project's dense loss has, and both
-models' logits before they are made fp32, and the divergence of each token. Counted (tests/test_bench_pairs.py)."""
+"""Live [N, V] tensors of a step with whole logits as others take it, in fp32: at most those that this project's dense loss has,
+and both models' logits before they are made fp32, and the divergence of each token. Counted (tests/test_bench_pairs.py)."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ LLAMA = RandomPair(
 )
 
 
-def make_parts(pair: RandomPair, trial: TrialConfig, device: torch.device, length: int, count: int) -> Parts:
-    """Both models, and `count` sequences of random tokens.
+def make_parts(pair: RandomPair, trial: TrialConfig, device: torch.device, length: int, count: int, arms: int) -> Parts:
+    """Both models, and `count` sequences of random tokens, for so many arms.
 
     Raises:
         ConfigError: they need a GPU, or more memory than there is.
@@ -65,7 +65,7 @@ def make_parts(pair: RandomPair, trial: TrialConfig, device: torch.device, lengt
         raise ConfigError(
             f"--preset: a teacher of {pair.teacher.num_parameters / 1e9:.1f} B parameters needs a GPU, and there is none"
         )
-    check_memory("--preset", step_bytes(pair, trial, length, dtype.itemsize), device)
+    check_memory("--preset", step_bytes(pair, trial, length, dtype.itemsize, arms), device)
     torch.manual_seed(0)
     student, teacher = (make_model(shape, device, dtype) for shape in (pair.student, pair.teacher))
     ids_EL = np.random.default_rng(0).integers(pair.vocabulary, size=(count, length))
@@ -101,9 +101,9 @@ def even_split(ids_EL: np.ndarray, labels_EL: np.ndarray) -> Split:
     return Split(rows, lengths_E, (labels_EL[:, 1:] != IGNORED).sum(axis=1), np.zeros_like(lengths_E))
 
 
-def step_bytes(pair: RandomPair, trial: TrialConfig, length: int, size: int, arms: int = 6) -> int:
+def step_bytes(pair: RandomPair, trial: TrialConfig, length: int, size: int, arms: int) -> int:
     """What a device holds at the peak of `bench step`: both models, an adapter with gradients and moments for each of the arms,
-    the heads that stores need (the student's in fp32, the teacher's), and the step that takes most, the reference trainer's.
+    the heads that stores need (the student's in fp32, the teacher's), and the step that takes most, one with whole logits.
 
     Args:
         size: bytes of a number in the compute dtype.

@@ -1,7 +1,4 @@
-"""What does one optimizer step cost? LoRA-SFT, Neo, and Neo as the reference trainer steps, on one pair and the same batches.
-
-Shapes: B sequences, L tokens, V vocabulary, E examples of a split.
-"""
+"""What does one optimizer step cost? LoRA-SFT, Neo, and Neo as others step, on one pair and the same batches."""
 
 from __future__ import annotations
 
@@ -16,15 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
-from neo_ray import adapters, devices, filling, models, stores, train
+from neo_ray import adapters, bench_others, devices, filling, models, stores, train
 from neo_ray.batches import StepPlan, plan_steps
+from neo_ray.bench_others import WholeLogits, dense_terms, fused_terms, step_by
 from neo_ray.bench_pairs import ADAM_MOMENTS_BYTES, RandomPair, even_split, make_parts
 from neo_ray.bench_turns import BASELINE, Announce, Measured, num_calls, take_turns
 from neo_ray.config import SweepConfig
-from neo_ray.data import Split, TokenData, collate
-from neo_ray.losses import IGNORED
+from neo_ray.data import Split, TokenData
 from neo_ray.memory import adapter_parameters
 from neo_ray.parts import Parts, load_parts
 from neo_ray.prepare import make_student, prepare
@@ -34,14 +30,6 @@ from neo_ray.student import Student
 from neo_ray.supply import row_bytes
 
 LORA = LoraConfig(rank=16, alpha=32)
-
-
-class WholeLogits(Student):
-    """Ends its forward pass with the logits of all positions."""
-
-    def forward(self, *given: Any) -> torch.Tensor:  # type: ignore[override]
-        with devices.autocast(self.device, self.dtype):
-            return self.model(**models.inputs(self.model, *given)).logits
 
 
 @dataclass(frozen=True)
@@ -65,21 +53,39 @@ def measure_steps(pair: SweepConfig | RandomPair, batch: int, length: int, round
     Raises:
         ConfigError: models or text cannot be had, or do not fit into memory.
     """
+    ready, arms = make_ready(pair, batch, length, num_calls(rounds), announce), installed()
+    parts, device = ready.parts, ready.parts.device
+    with process_group(device), tempfile.TemporaryDirectory() as folder:
+        running = {name: Running(arm, ready, Path(folder)) for name, arm in arms.items()}
+        known = {name: _known(arm, running[name], parts.teacher) for name, arm in arms.items()}
+        samples = take_turns({name: run.step for name, run in running.items()}, rounds, device, announce)
+        for run in running.values():
+            run.engine.destroy()
+    missing = bench_others.not_installed(ARMS)
+    return Measured(ready.setting | ({"not_installed": " ".join(missing)} if missing else {}), known, samples)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What all arms step on."""
+
+    trial: TrialConfig
+    parts: Parts
+    split: Split
+    plan: StepPlan
+    setting: dict[str, Any]
+
+
+def make_ready(pair: SweepConfig | RandomPair, batch: int, length: int, steps: int, announce: Announce) -> Ready:
+    """Models and batches of that many steps. Raises ConfigError, as `measure_steps` does."""
     devices.prepare_deepspeed()  # first, so that its absence is known at once
-    device, steps = devices.local_device(), num_calls(rounds)
-    trial = make_trial(batch, steps)
+    device, trial = devices.local_device(), make_trial(batch, steps)
     if isinstance(pair, RandomPair):
-        parts = make_parts(pair, trial, device, length, batch * steps)
+        parts = make_parts(pair, trial, device, length, batch * steps, len(installed()))
     else:
         parts = load_parts(make_student(pair, prepare(pair, announce), announce), trial, device)
     split = full_sequences(parts.data.split("train"), length, batch * steps)
     plan = plan_steps(split.num_tokens, split.num_labels, trial.training, points=1, seed=trial.seed)
-    with process_group(device), tempfile.TemporaryDirectory() as folder:
-        running = {name: Running(arm, trial, parts, split, plan, Path(folder)) for name, arm in ARMS.items()}
-        known = {name: _known(arm, running[name], parts.teacher) for name, arm in ARMS.items()}
-        samples = take_turns({name: run.step for name, run in running.items()}, rounds, device, announce)
-        for run in running.values():
-            run.engine.destroy()
     setting = {
         **_names(pair),
         "batch_size": batch,
@@ -90,7 +96,7 @@ def measure_steps(pair: SweepConfig | RandomPair, batch: int, length: int, round
         "zero_stage": trial.deepspeed.zero_stage,
         "dtype": str(parts.dtype).removeprefix("torch."),
     }
-    return Measured(setting, known, samples)
+    return Ready(trial, parts, split, plan, setting)
 
 
 class Running:
@@ -99,8 +105,9 @@ class Running:
     `folder`: for the stores of teachers that are not alive.
     """
 
-    def __init__(self, arm: StepArm, trial: TrialConfig, parts: Parts, split: Split, plan: StepPlan, folder: Path) -> None:
-        self.trial = TrialConfig.model_validate({**dict(trial), **arm.settings})
+    def __init__(self, arm: StepArm, ready: Ready, folder: Path) -> None:
+        parts, split = ready.parts, ready.split
+        self.trial = TrialConfig.model_validate({**dict(ready.trial), **arm.settings})
         shared = {id(weight): weight for weight in parts.student.parameters()}  # frozen: a copy of its modules is enough
         self.parts = replace(parts, student=copy.deepcopy(parts.student, shared))  # a model carries one adapter at a time
         if arm.targets is not None:
@@ -109,7 +116,7 @@ class Running:
         self.student = arm.student(adapters.attach(self.parts.student, self.trial), parts.device, parts.dtype)
         self.trained = adapters.trained_parameters(self.student.model)
         self.engine = train.build_engine(self.student, self.trained, self.trial, world_size=1)
-        self._arm, self._split, self._plan = arm, split, plan
+        self._arm, self._split, self._plan = arm, split, ready.plan
         self.student.train()
 
     def step(self, number: int) -> tuple[float, ...]:
@@ -133,30 +140,8 @@ def fill_store(mode: stores.Mode, parts: Parts, split: Split, folder: Path) -> s
     return stores.open_store(folder, recipe, bytes_of_row, data, parts.device)
 
 
-def reference_step(
-    engine: Any, trial: TrialConfig, parts: Parts, split: Split, plan: StepPlan, step: int, rate: float
-) -> tuple[float, float, float]:
-    """The step of LLM-Neo's own trainer (LLaMA-Factory), written plainly; returns means, where the project's returns sums.
-
-    Two full forwards; logits, log-softmax and softmax in fp32 over the whole vocabulary at every position, padding included; the
-    mask comes last. Adapter, optimizer, precision and engine are the project's, so that the ratio between them is the step's.
-    """
-    for group in engine.optimizer.param_groups:
-        group["lr"] = rate
-    (indices,) = plan.micro_batches(step, 0, 1, trial.training.batch_size, split.num_tokens)
-    batch = collate(split.examples(indices), parts.sources.pad_id, parts.device)
-    assert parts.teacher is not None
-    student_BLV = engine(batch.input_ids_BL, batch.attention_mask_BL).float()
-    with torch.no_grad():
-        teacher_BLV = parts.teacher(input_ids=batch.input_ids_BL, attention_mask=batch.attention_mask_BL).logits.float()
-    next_BL = F.pad(batch.labels_BL, (0, 1), value=IGNORED)[:, 1:]
-    ce = F.cross_entropy(student_BLV.flatten(0, 1), next_BL.flatten(), ignore_index=IGNORED)
-    kl_BLV = F.kl_div(F.log_softmax(student_BLV, -1), F.softmax(teacher_BLV, -1), reduction="none")
-    kd = kl_BLV.sum(-1)[next_BL != IGNORED].mean()
-    loss = (1 - trial.distill.kd_ratio) * ce + trial.distill.kd_ratio * kd
-    engine.backward(loss)
-    engine.step()
-    return loss.item(), ce.item(), kd.item()
+def _other(about: str, terms: Callable[..., bench_others.Terms], loss: bench_others.Loss, student: type[Student]) -> StepArm:
+    return StepArm(about, {"method": "neo"}, step_by(terms, loss), student)
 
 
 ARMS = {
@@ -165,8 +150,16 @@ ARMS = {
     "neo_projection": StepArm("Neo, stored projections", {"method": "neo"}, train.optimizer_step, targets="projection"),
     "neo_hidden": StepArm("Neo, stored hidden states", {"method": "neo"}, train.optimizer_step, targets="hidden"),
     "neo_topk": StepArm("Neo, stored top 64 tokens", {"method": "neo"}, train.optimizer_step, targets="topk"),
-    "reference": StepArm("Neo as the reference trainer steps", {"method": "neo"}, reference_step, WholeLogits),
+    "reference": _other("Neo as the reference trainer steps", dense_terms, bench_others.reference_loss, WholeLogits),
+    "trl": _other("Neo, dense, live teacher, TRL's GKD loss", dense_terms, bench_others.trl_loss, WholeLogits),
+    "liger": _other("Neo, live teacher, Liger's chunked JSD loss", fused_terms, bench_others.liger_loss, Student),
 }
+
+
+def installed() -> dict[str, StepArm]:
+    """The arms that can run here."""
+    missing = bench_others.not_installed(ARMS)
+    return {name: arm for name, arm in ARMS.items() if name not in missing}
 
 
 def make_trial(batch: int, steps: int) -> TrialConfig:

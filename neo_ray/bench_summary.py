@@ -15,12 +15,13 @@ SHOWN = {
     },
     "loss": {"neo_projected": "the Neo loss in chunks, from the store", "neo": "dense, both heads", "trl": "TRL's GKD loss"},
     "sweep": {"stored": "a sweep with the store, filling it included"},
+    "reader": {"step": "a Neo step, teacher from the store"},
 }
 """Benchmark → arm → its words."""
 
 
 def summary(folder: Path) -> str:
-    """A table of the results in a folder, one line an arm."""
+    """A table of the results in a folder, one line an arm; of a result with several cases the first."""
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
     results.sort(key=lambda result: list(SHOWN).index(result["benchmark"]))
     lines = ["| on | what | against | time | peak memory | measured by |", "|---|---|---|---|---|---|"]
@@ -51,17 +52,29 @@ def put_between(page: Path, begin: str, end: str, text: str) -> None:
 def ratio_text(arm: dict[str, Any]) -> str:
     """An arm's time ratio with its interval, where there is one."""
     value, low, high = (arm["time_ratio"][key] for key in ("value", "low", "high"))
-    return f"{value:.2f}" if low == high else f"{value:.2f} [{low:.2f}, {high:.2f}]"
+    of = ",.0f" if value >= 100 else ".2f"
+    return f"{value:{of}}" if low == high else f"{value:{of}} [{low:{of}}, {high:{of}}]"
+
+
+def ceiling_of_a_large_pair() -> float:
+    """A step with a live teacher over one without, for 8B → 1B: counted from the parameters, as for a pair that is measured."""
+    from neo_ray import bench_pairs, bench_step
+
+    return bench_step.counted_ratio(bench_step.LORA, bench_pairs.LLAMA.student, bench_pairs.LLAMA.teacher)
 
 
 def _shown(result: dict[str, Any]) -> list[str]:
-    return [arm for arm in SHOWN[result["benchmark"]] if arm in result["arms"]]
+    return [arm for arm in SHOWN[result["benchmark"]] if arm in result["cases"][0]["arms"]]
 
 
 def _cells(result: dict[str, Any], arm: str) -> list[str]:
-    found, base = result["arms"][arm], result["arms"][result["baseline"]]["about"]
+    arms, setting = result["cases"][0]["arms"], result["cases"][0]["setting"]
+    found, base = arms[arm], arms[result["baseline"]]["about"]
     memory = found.get("memory_ratio")
-    peak = "" if memory is None else f"{memory:.2f}"
-    words = SHOWN[result["benchmark"]][arm]
+    peak = "" if memory is None or result["benchmark"] == "reader" else f"{memory:.2f}"  # what a step holds is not the reader's
+    size = f" ({setting['tokens']:,} × {setting['vocabulary']:,})" if "vocabulary" in setting else ""
+    words = SHOWN[result["benchmark"]][arm] + size
+    if arm == "neo" and found.get("counted_ratio") is not None:
+        words += f" (counted {found['counted_ratio']:.2f}; for 8B → 1B {ceiling_of_a_large_pair():.2f})"
     command = result["command"].partition(" --out")[0]
     return [result["device"].split(" ")[0], words, base, ratio_text(found), peak, f"`{command}`"]

@@ -5,7 +5,6 @@ No test asserts how long anything takes.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from doors import sweep_file
 from tiny import World, make_llama
 from torch import nn
 
-from neo_ray import bench, bench_loss, bench_pairs, bench_step, bench_summary, bench_turns, data, models
+from neo_ray import bench, bench_loss, bench_others, bench_pairs, bench_step, bench_summary, bench_turns, data, models, train
 from neo_ray.batches import plan_steps
 from neo_ray.bench_turns import BASELINE, Samples
 from neo_ray.config import DataConfig
@@ -74,16 +73,25 @@ def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def only_case(result: dict[str, Any]) -> dict[str, Any]:
+    (case,) = result["cases"]
+    return case
+
+
 def test_step_door_end_to_end(tiny_world: World, quiet_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = quiet_home / "out"
     assert bench.main(step_words(tiny_world, "--out", str(out))) == 0
     (path,) = out.iterdir()
     result = read(path)
     assert path.name.startswith("step-cpu") and result["benchmark"] == "step" and result["environment"]["python"]
-    assert result["setting"]["scored_positions"] == 2 * 31
-    assert list(result["arms"]) == ["lora", "neo", "neo_projection", "neo_hidden", "neo_topk", "reference"]
-    assert all(len(arm["seconds"]) == 3 and min(arm["seconds"]) > 0 for arm in result["arms"].values())
-    assert result["arms"]["lora"]["held_bytes"] < result["arms"]["neo"]["held_bytes"] == result["arms"]["reference"]["held_bytes"]
+    setting, arms = only_case(result)["setting"], only_case(result)["arms"]
+    assert setting["scored_positions"] == 2 * 31
+    missing = bench_others.not_installed(bench_step.ARMS)
+    assert "trl" not in missing and setting.get("not_installed", "").split() == missing
+    expected = ["lora", "neo", "neo_projection", "neo_hidden", "neo_topk", "reference", "trl", "liger"]
+    assert list(arms) == [name for name in expected if name not in missing]
+    assert all(len(arm["seconds"]) == 3 and min(arm["seconds"]) > 0 for arm in arms.values())
+    assert arms["lora"]["held_bytes"] < arms["neo"]["held_bytes"] == arms["reference"]["held_bytes"] == arms["trl"]["held_bytes"]
     assert bench.markdown(result) in capsys.readouterr().out
     assert not dist.is_initialized()
 
@@ -91,20 +99,24 @@ def test_step_door_end_to_end(tiny_world: World, quiet_home: Path, capsys: pytes
 def test_tiny_needs_no_model_and_no_text(quiet_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["step", "--tiny", "--device", "cpu", "--batch", "2", "--length", "16", "--repeats", "1"]
     assert bench.main([*words, "--out", str(quiet_home / "tiny.json")]) == 0
-    assert read(quiet_home / "tiny.json")["setting"]["teacher"] == "random, tiny"
+    assert only_case(read(quiet_home / "tiny.json"))["setting"]["teacher"] == "random, tiny"
     assert "reference" in capsys.readouterr().out
 
 
-def test_loss_door_end_to_end(quiet_home: Path) -> None:
+def test_loss_door_end_to_end(quiet_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every vocabulary with every number of positions: one file, one table each."""
     out = quiet_home / "loss.json"
-    words = ["loss", "--tokens", "64", "--vocabulary", "512", "--width", "32", "--teacher-width", "48", "--repeats", "3"]
-    assert bench.main([*words, "--out", str(out)]) == 0
-    result = read(out)
-    missing = [name for name, package in bench_loss.PACKAGES.items() if importlib.util.find_spec(package) is None]
-    assert list(result["arms"]) == [name for name in bench_loss.ARMS if name not in missing]
-    assert result["setting"].get("not_installed", "").split() == missing
-    assert result["arms"]["lora"]["time_ratio"] == {"value": 1, "low": 1, "high": 1}
-    assert result["command"].startswith("python -m neo_ray.bench loss --tokens 64")
+    words = ["loss", "--tokens", "64", "8", "--vocabulary", "512", "96", "--width", "32", "--teacher-width", "48"]
+    assert bench.main([*words, "--repeats", "1", "--out", str(out)]) == 0
+    result, missing = read(out), bench_others.not_installed(bench_loss.ARMS)
+    settings = [case["setting"] for case in result["cases"]]
+    assert [(setting["vocabulary"], setting["tokens"]) for setting in settings] == [(512, 64), (512, 8), (96, 64), (96, 8)]
+    for case in result["cases"]:
+        assert list(case["arms"]) == [name for name in bench_loss.ARMS if name not in missing]
+        assert case["setting"].get("not_installed", "").split() == missing
+        assert case["arms"]["lora"]["time_ratio"] == {"value": 1, "low": 1, "high": 1}
+    assert result["command"].startswith("python -m neo_ray.bench loss --tokens 64 8 --vocabulary 512 96")
+    assert capsys.readouterr().out.count("| neo_projected ") == 4
 
 
 @pytest.mark.slow
@@ -113,7 +125,7 @@ def test_sweep_door_end_to_end(tiny_world: World, quiet_home: Path) -> None:
     out, words = quiet_home / "sweep.json", ["--trials", "2", "--device", "cpu"]
     assert bench.main(["sweep", "--file", str(sweep_file(tiny_world, quiet_home, search={})), *words, "--out", str(out)]) == 0
     result = read(out)
-    live, stored = result["arms"]["live"], result["arms"]["stored"]
+    live, stored = (only_case(result)["arms"][name] for name in ("live", "stored"))
     assert result["baseline"] == "live" and live["time_ratio"]["value"] == 1
     assert live["seconds"][0] > live["trial_seconds"] / 2 > 0 and stored["filling_seconds"] > 0 == live["filling_seconds"]
     assert live["teacher_tokens"] > 0
@@ -139,7 +151,7 @@ def test_the_loss_arms_of_one_name_give_one_loss() -> None:
     inputs = bench_loss.make_inputs(64, 512, 32, 48, torch.device("cpu"), torch.float32)
     losses, gradients = {}, {}
     for name, arm in bench_loss.ARMS.items():
-        if importlib.util.find_spec(bench_loss.PACKAGES.get(name, "neo_ray")) is None:
+        if bench_others.not_installed([name]):
             continue
         inputs.student_NH.grad = None
         losses[name] = arm.loss(inputs)
@@ -153,26 +165,52 @@ def test_the_loss_arms_of_one_name_give_one_loss() -> None:
     assert abs(losses["neo"].item() - losses["lora"].item()) > 0.1
 
 
+def ready(parts: Parts) -> bench_step.Ready:
+    split, trial = parts.data.split("train"), exact_trial()
+    plan = plan_steps(split.num_tokens, split.num_labels, trial.training, points=1, seed=0)
+    return bench_step.Ready(trial, parts, split, plan, {})
+
+
+def means_of(arms: list[str], given: bench_step.Ready, folder: Path) -> Iterator[dict[str, torch.Tensor]]:
+    """Loss, CE and KD of each of three steps, means in nats."""
+    running = {name: bench_step.Running(bench_step.ARMS[name], given, folder) for name in arms}
+    for step in range(3):
+        found = {name: torch.tensor(run.step(step)) for name, run in running.items()}
+        ours = [name for name in arms if bench_step.ARMS[name].step is train.optimizer_step]  # these give sums
+        yield found | {name: found[name] / given.plan.labels[step] for name in ours}
+
+
 def test_the_reference_takes_the_project_s_step(parts: Parts, process_group: None, tmp_path: Path) -> None:
     """On padded batches, over three updates: equal losses need equal gradients, up to a scale that AdamW does not see."""
-    split, trial = parts.data.split("train"), exact_trial()
-    assert len(set(split.num_tokens[:9].tolist())) > 1
-    plan = plan_steps(split.num_tokens, split.num_labels, trial.training, points=1, seed=0)
-    running = {name: bench_step.Running(arm, trial, parts, split, plan, tmp_path) for name, arm in bench_step.ARMS.items()}
-    for step in range(3):
-        sums, means = (torch.tensor(running[name].step(step)) for name in ("neo", "reference"))
-        assert torch.allclose(sums / plan.labels[step], means, rtol=1e-5)
+    given = ready(parts)
+    assert len(set(given.split.num_tokens[:9].tolist())) > 1
+    for means in means_of(["lora", "neo", "neo_projection", "neo_hidden", "reference"], given, tmp_path):
+        assert torch.allclose(means["neo"], means["reference"], rtol=1e-5)
         for name in ("neo_projection", "neo_hidden"):
-            assert torch.allclose(torch.tensor(running[name].step(step)) / plan.labels[step], means, atol=2e-3)
-        loss, ce, kd = running["lora"].step(step)
+            assert torch.allclose(means[name], means["reference"], atol=2e-3)
+        loss, ce, kd = means["lora"]
         assert loss == ce and kd == 0
 
 
+def assert_as_the_reference(other: str, parts: Parts, folder: Path) -> None:
+    """On padded batches, over three updates. Reference: `reference_loss`, forward KL and cross-entropy of whole logits."""
+    for means in means_of(["reference", other], ready(parts), folder):
+        assert torch.allclose(means[other], means["reference"], rtol=1e-5)
+        assert means[other][2] > 0.1, "the teacher takes part"
+
+
+def test_the_step_by_trl_s_loss_has_the_dense_reference_s_loss(parts: Parts, process_group: None, tmp_path: Path) -> None:
+    assert_as_the_reference("trl", parts, tmp_path)
+
+
+def test_the_step_by_liger_s_loss_has_the_dense_reference_s_loss(parts: Parts, process_group: None, tmp_path: Path) -> None:
+    pytest.importorskip("liger_kernel.chunked_loss", reason="liger-kernel is in the extra `parity`")
+    assert_as_the_reference("liger", parts, tmp_path)
+
+
 def test_an_arm_leaves_the_shared_parts_alone(parts: Parts, process_group: None, tmp_path: Path) -> None:
-    split, trial = parts.data.split("train"), exact_trial()
-    plan = plan_steps(split.num_tokens, split.num_labels, trial.training, points=1, seed=0)
     before = {name: value.clone() for name, value in parts.student.state_dict().items()}
-    bench_step.Running(bench_step.ARMS["neo"], trial, parts, split, plan, tmp_path).step(0)
+    bench_step.Running(bench_step.ARMS["neo"], ready(parts), tmp_path).step(0)
     assert parts.student.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in parts.student.state_dict().items())
 
@@ -217,6 +255,7 @@ def test_the_ceiling_of_the_presets() -> None:
     """Counted by hand for 8B → 1B: 15.3 GFLOP of the teacher over 2.5 + 2.6 + 0.07 of the student."""
     pair = bench_pairs.LLAMA
     assert bench_step.counted_ratio(bench_step.LORA, pair.student, pair.teacher) == pytest.approx(3.9, abs=0.1)
+    assert bench_summary.ceiling_of_a_large_pair() == bench_step.counted_ratio(bench_step.LORA, pair.student, pair.teacher)
     assert 1.05 < bench_step.counted_ratio(bench_step.LORA, pair.student, pair.teacher, "hidden") < 1.25
 
 
@@ -293,7 +332,7 @@ def test_the_front_page_s_ratios_are_those_of_the_files(tmp_path: Path) -> None:
     (tmp_path / "front.md").write_text(f"before\n{bench_summary.BEGIN}\n{bench_summary.END}\nafter\n")
     path = next(tmp_path.glob("step-*.json"))
     result = read(path)
-    result["arms"]["neo"]["time_ratio"] = {"value": 7.891, "low": 7, "high": 8}
+    only_case(result)["arms"]["neo"]["time_ratio"] = {"value": 7.891, "low": 7, "high": 8}
     bench.write(result, path)
     assert bench.main(["table", str(tmp_path), "--readme", str(tmp_path / "front.md")]) == 0
     front = (tmp_path / "front.md").read_text()
@@ -306,14 +345,15 @@ def test_the_table_s_numbers_come_from_the_file(tmp_path: Path) -> None:
         (tmp_path / path.name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
     path = next(tmp_path.glob("step-*.json"))
     result = read(path)
-    result["arms"]["neo"] |= {"time_ratio": {"value": 7.891, "low": 7, "high": 8}, "median_extra_bytes": 123_456e6}
+    arms = only_case(result)["arms"]
+    arms["neo"] |= {"time_ratio": {"value": 7.891, "low": 7, "high": 8}, "median_extra_bytes": 123_456e6}
     bench.write(result, path)
     assert bench.main(["table", str(tmp_path)]) == 0
     old, new = ((folder / "README.md").read_text(encoding="utf-8").splitlines() for folder in (RESULTS, tmp_path))
     (row,) = (line for line in new if "7.89" in line)
     assert "| neo " in row and "7.89 [7.00, 8.00]" in row and "123456" in row
     other = [line for line in new if line not in old and not line.startswith(("| ", "---"))]
-    gain = 7.891 / result["arms"]["neo_projection"]["time_ratio"]["value"]
+    gain = 7.891 / arms["neo_projection"]["time_ratio"]["value"]
     assert len(other) == 1 and other[0].startswith("Counted, a live teacher's step costs 1.65 ×")
     assert f"Measured, it costs {gain:.2f} × that of `neo_projection`" in other[0]
 
@@ -323,8 +363,9 @@ def test_a_column_without_values_is_left_out() -> None:
     arms = {name: arm | {"about": "x", "counted_ratio": None} for name, arm in bench_turns.summary(samples).items()}
     environment = {"packages": {"torch": "2"}, "time": "2026-01-01T00:00:00Z"}
     load = {"before": [0.1, 0, 0], "after": [0.2, 0, 0]}
-    common = {"benchmark": "step", "device": "CPU", "setting": {}, "command": "c", "threads": 1, "baseline": BASELINE}
-    table = bench.markdown({**common, "arms": arms, "environment": environment, "load_average": load})
+    common = {"benchmark": "step", "device": "CPU", "command": "c", "threads": 1, "baseline": BASELINE}
+    cases = [{"setting": {}, "arms": arms}]
+    table = bench.markdown({**common, "cases": cases, "environment": environment, "load_average": load})
     assert "time ratio" in table and "2.00" in table
     assert "counted" not in table and "peak ratio" not in table and "held" not in table
 

@@ -60,13 +60,13 @@ def test_what_cannot_be_is_one_line(
 
 def test_a_gpu_too_small_is_refused_before_any_weight_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     pair, trial = bench_pairs.LLAMA, bench_step.make_trial(1, 20)
-    needed = bench_pairs.step_bytes(pair, trial, 2048, size=2)
+    needed = bench_pairs.step_bytes(pair, trial, 2048, size=2, arms=8)
     assert 2 * (pair.teacher.num_parameters + pair.student.num_parameters) < needed < 80e9, "one H100 is enough"
     monkeypatch.setattr(devices, "free_bytes", lambda device: needed - 1)
     monkeypatch.setattr(devices, "resolve_dtype", lambda name, device: torch.bfloat16)
     monkeypatch.setattr(devices, "describe", lambda device: "a small one")
     with pytest.raises(ConfigError, match=f"--preset: needs about {needed / 1e9:.1f} GB, and a small one has"):
-        bench_pairs.make_parts(pair, trial, torch.device("cuda"), 2048, 20)
+        bench_pairs.make_parts(pair, trial, torch.device("cuda"), 2048, 20, arms=8)
 
 
 @pytest.mark.gpu
@@ -81,9 +81,9 @@ def test_a_shallow_llama_steps_on_a_gpu(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"DS_ACCELERATOR": "cuda"}, timeout=600)
     assert done.returncode == 0
-    result = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))
-    assert list(result["arms"]) == list(bench_step.ARMS) and result["setting"]["dtype"] == "bfloat16"
-    for arm in result["arms"].values():
+    (case,) = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))["cases"]
+    assert list(case["arms"]) == list(bench_step.installed()) and case["setting"]["dtype"] == "bfloat16"
+    for arm in case["arms"].values():
         assert arm["counted_ratio"] is not None and 0 < arm["median_extra_bytes"] < 80e9
 
 
@@ -92,15 +92,16 @@ def test_free_memory_is_known_here() -> None:
     assert free is not None and 1e8 < free < 1e13
 
 
-def test_the_dense_tensors_of_the_reference_s_step_are_counted(tmp_path: Path) -> None:
-    """fp32 on a CPU, where nothing is made fp32 first: those two tensors come on top."""
+@pytest.mark.parametrize("arm", ["reference", "trl"])
+def test_the_dense_tensors_of_a_step_by_others_are_counted(arm: str, tmp_path: Path) -> None:
+    """fp32 on a CPU, where nothing is made fp32 first: those two tensors come on top, as large as one."""
     trial, length = bench_step.make_trial(4, 3), 65
     trial = trial.model_copy(update={"training": trial.training.model_copy(update={"dtype": "fp32"})})
-    parts = bench_pairs.make_parts(bench_pairs.TINY, trial, CPU, length, 12)
+    parts = bench_pairs.make_parts(bench_pairs.TINY, trial, CPU, length, 12, arms=1)
     split = parts.data.split("train")
     plan = plan_steps(split.num_tokens, split.num_labels, trial.training, points=1, seed=0)
     with bench_step.process_group(CPU):
-        running = bench_step.Running(bench_step.ARMS["reference"], trial, parts, split, plan, tmp_path)
+        running = bench_step.Running(bench_step.ARMS[arm], bench_step.Ready(trial, parts, split, plan, {}), tmp_path)
         running.step(0)
         size = 4 * length * 512 * 4
         with LiveTensors(size - 1) as live:
