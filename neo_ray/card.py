@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,16 @@ import yaml
 from neo_ray.config import SweepConfig
 from neo_ray.evidence import number
 from neo_ray.records import TrialRecord
+from neo_ray.searching import of_suite
 
 LICENCE_FIELDS = ("license", "license_name", "license_link")
 UNKNOWN = {"license": "unknown"}
+WHOLE = "Plain transformers loads the model, plain peft the adapter."
+CUT = (
+    "Plain transformers loads the model, and that is the way to it: the adapter is for the cut student, which is not in this "
+    "folder and goes by no name of its own; put on the whole model it is of no use."
+)
+"""Of a student that was cut from its teacher."""
 
 
 def card(record: TrialRecord, alone: SweepConfig, facts: dict[str, Any]) -> str:
@@ -33,18 +41,24 @@ def card(record: TrialRecord, alone: SweepConfig, facts: dict[str, Any]) -> str:
     }
     layers = f" cut to its layers {', '.join(map(str, base['layers']))}" if base["layers"] else ""
     distilled = f", distilled from `{teacher.model}`" if teacher else ""
+    command = f"python -m neo_ray.export {shlex.quote(facts['results'])} --trial {record.id} --dtype {facts['dtype']}"
     setting = {"method": alone.method, "variant": alone.lora.variant, "seed": alone.seed, **record.params}
-    scores = [(name, *_score(score)) for name, score in facts["scores"].items()]
+    untrained = record.details.get("baseline") or {}
+    scores = [(name, _number(untrained.get(name)), *_score(score)) for name, score in facts["scores"].items()]
+    found = [f"- {line['claim']} ({line['verdict']})" for line in facts.get("guidelines", ())]
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
         f"# {facts['sweep']}, trial {record.id}",
         f"`{base['model']}`{layers}, trained on `{alone.data.source}`{distilled}. The adapter is merged in fp32; the weights are "
-        f"written in {facts['dtype']}. Plain transformers loads the model, plain peft the adapter.",
+        f"written in {facts['dtype']}. {CUT if base['layers'] else WHOLE}",
         "## Setting\n\n" + _rows(("", ""), [(name, number(value)) for name, value in setting.items()]),
-        "`trial.yaml` has all of it; `python -m neo_ray.sweep trial.yaml` trains it again.",
-        "## Held-out scores\n\n" + _rows(("", "trial", "merged model", "difference"), scores),
+        f"`trial.yaml` has all of it; `python -m neo_ray.sweep trial.yaml` trains it again. `{command}` wrote this "
+        f"folder; the sweep's own file has the sha256 `{facts['sweep_sha256']}`.",
+        "## Held-out scores\n\n" + _rows(("", "untrained", "trial", "merged model", "difference"), scores),
         f"CE is in nats per token, and may differ by {facts['tolerance']:g}. The trial was scored in {facts['trial_dtype']}, the "
         "merged model in float32.",
+        *_benchmarks(record, untrained),
+        *(["## What the sweep found\n\n" + "\n".join(found)] if found else []),
         "## Licence\n\n" + ("Unknown: the base model names none." if licence == UNKNOWN else "That of the base model."),
     ]
     return "\n\n".join(sections) + "\n"
@@ -80,6 +94,22 @@ def _front_matter(path: Path) -> dict[str, Any]:
     except yaml.YAMLError:
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _benchmarks(record: TrialRecord, untrained: dict[str, float | None]) -> list[str]:
+    """The table of a suite's scores, where the trial was asked one."""
+    names = [name for name in record.metrics if of_suite(name)]
+    if not names:
+        return []
+    rows = [(name, _number(untrained.get(name)), _number(record.metrics[name])) for name in names]
+    some = record.details.get("suite_limit")
+    items = "all items" if some is None else f"the first {some} items of each task"
+    title = f"## Benchmarks\n\n{record.details.get('suite', 'A suite')}, {items}: shares of right answers, their mean first.\n\n"
+    return [title + _rows(("", "untrained", "trial"), rows)]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.6f}"
 
 
 def _score(score: dict[str, float]) -> tuple[str, str, str]:

@@ -11,23 +11,26 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neo_ray import door, loading
+from neo_ray import door, uploads
 from neo_ray.config import SweepConfig
-from neo_ray.mistakes import guess
-from neo_ray.records import TrialRecord, load_records, write_atomically
+from neo_ray.records import TrialRecord, write_atomically
+from neo_ray.scores import STUDENT, TEACHER, SuiteScores, place, read, save
 from neo_ray.searching import of_suite
-from neo_ray.settings import ConfigError, EvaluationConfig
+from neo_ray.settings import ConfigError
+from neo_ray.storage import Folder, at, bring_folder
+from neo_ray.trials import find_trial
+from neo_ray.uploads import ASKED, ITEMS, SOURCES_FILE
 
 if TYPE_CHECKING:
     import torch
 
-    from neo_ray.harness import Opened, SuiteScores
+    from neo_ray.harness import Opened
+    from neo_ray.paired import Difference
     from neo_ray.parts import Sources
-
-TEACHER, STUDENT = "teacher", "student"
 
 
 @dataclass(frozen=True)
@@ -41,31 +44,48 @@ class Row:
     record: TrialRecord | None = None
 
 
+@dataclass(frozen=True)
+class Table:
+    rows: list[Row]
+    left_out: Sequence[str] = ()
+    """Trials and methods that are no rows, and why."""
+    chosen_by_it: bool = False
+    """Was the best of a method chosen by benchmarks?"""
+
+
+NO_WEIGHTS = (
+    "keeps no weights, and no scores of this suite with this limit and precision (evaluation.suite takes them at its end)"
+)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m neo_ray.evaluate", description="Ask teacher, untrained student and trials the benchmarks of a suite."
     )
-    parser.add_argument("path", type=Path, help="a results folder (results/<name>)")
+    parser.add_argument("path", help="a results folder (results/<name>), or its URL")
     parser.add_argument("--suite", help="quickstart, neo10, a YAML file or a folder; the sweep's own by default")
     parser.add_argument("--limit", type=int, metavar="N", help="items of each task, its first ones; all by default")
     parser.add_argument("--trial", action="append", metavar="ID", help="which trials; the best of each method by default")
     asked = parser.parse_args(argv)
     with door.end(interrupted="interrupted; the models that were asked are kept") as end:
-        folder = asked.path.expanduser()
-        rows = evaluate(folder, asked.suite, asked.limit, asked.trial)
-        text = markdown(rows, of_suite(loading.load(folder / "sweep.yaml").objective.metric))
-        target = folder / "benchmarks" / f"{rows[0].scores.suite.replace(' ', '-')}.md"
-        write_atomically(target, text)
+        results = at(asked.path)
+        table = evaluate(results, asked.suite, asked.limit, asked.trial)
+        text, folder = markdown(table), uploads.working_folder(results)
+        target = f"{ASKED}/{table.rows[0].scores.suite.replace(' ', '-')}.md"
+        write_atomically(folder / target, text)
+        uploads.publish(results, target)
         print(text)
-        print(target)
+        print(results / target)
     return end.code
 
 
-def evaluate(folder: Path, suite: str | None = None, limit: int | None = None, trials: Sequence[str] | None = None) -> list[Row]:
+def evaluate(results: Folder, suite: str | None = None, limit: int | None = None, trials: Sequence[str] | None = None) -> Table:
     """Scores of the teacher, the untrained student, and the trials.
 
+    Trials of `sft` and `kd` keep no weights: theirs are those that the sweep itself took, where it did.
+
     Args:
-        folder: of results.
+        results: their folder, or its place in an object store.
         suite: another than the sweep's own.
         limit: items of a task; with a suite of the sweep's own: its own.
         trials: ids; by default of each method the best one.
@@ -75,54 +95,71 @@ def evaluate(folder: Path, suite: str | None = None, limit: int | None = None, t
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"--limit: {limit} must be at least 1")
-    sweep = _with_suite(loading.load(folder / "sweep.yaml"), suite, limit)
-    try:
-        records = load_records(folder)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    chosen = [_named(records, wanted) for wanted in trials] if trials else _best_of_each_method(records, sweep)
-    for record in chosen:
-        _check(folder, record)
+    folder, records, sweep = uploads.opened(results)
+    wanted = [find_trial(folder, records, one) for one in trials or ()]
+    trained = [r for r in records if r.state == "COMPLETE" and _method(r) in ("lora", "neo")]
+    lost = [] if wanted or any(_can_be_asked(results, folder, r) for r in trained) else trained[:1]
+    for record in wanted or lost:
+        _check(results, folder, record)
+    name, limit = _which_suite(sweep, suite, limit)
     from neo_ray import harness
-    from neo_ray.prepare import check_same_sources, identities, make_student, prepare
+    from neo_ray.prepare import check_same_sources, for_scoring, identities, make_student, prepare
 
-    prepared = prepare(sweep, print)
-    own = {name: what for name, what in identities(sweep, prepared).items() if name != "evaluation.suite"}
+    alone = for_scoring(sweep, name, limit)
+    prepared = prepare(alone, print)
+    own = {name: what for name, what in identities(alone, prepared).items() if name != "evaluation.suite"}
     check_same_sources(folder, own, "an adapter goes with what it was trained on: bring that back")
-    sources = make_student(sweep, prepared, print)
+    sources = make_student(alone, prepared, print)
     assert sources.suite is not None
-    opened = harness.open_suite(Path(sources.suite), sweep.evaluation.suite_limit)
-    asking = _Asking(folder, sweep, sources, opened)
+    asking = _Asking(results, folder, alone, sources, harness.open_suite(Path(sources.suite), limit))
+    found, left_out = (wanted, [f"{_about(r)}: {NO_WEIGHTS}" for r in wanted if not asking.may(r)])
+    if not trials:
+        found, left_out = _best_of_each_method(records, sweep, asking)
+    for line in left_out:
+        print(f"left out: {line}")
     rows = [asking.row(TEACHER, "the teacher")] if sources.teacher is not None else []
     rows.append(asking.row(STUDENT, "the student, untrained"))
-    return [*rows, *(asking.row(record.id, f"{_method(record)}, trial {record.id}", record) for record in chosen)]
+    rows += [asking.row(record.id, _about(record), record) for record in found if asking.may(record)]
+    return Table(rows, left_out, of_suite(sweep.objective.metric))
 
 
 @dataclass(frozen=True)
 class _Asking:
+    results: Folder
     folder: Path
+    """The results, on this machine."""
     sweep: SweepConfig
     sources: Sources
     opened: Opened
 
     def row(self, name: str, about: str, record: TrialRecord | None = None) -> Row:
         """From the file of an earlier asking, or of the trial itself; otherwise the model is asked."""
-        from neo_ray import benchmarks
+        found = self.kept(name)
+        if found is None:
+            print(f"asking {about}")
+            found = self._ask(name)
+            save(found, self._place(name))
+            uploads.publish(self.results, str((self._place(name) / ITEMS).relative_to(self.folder)))
+        return Row(name, about, found, record)
 
-        assert self.sources.suite is not None
-        kept = self.folder / "benchmarks" / Path(self.sources.suite).name / _folder_of(self.sweep.evaluation.suite_limit) / name
-        trained = self.folder / "trials" / name / benchmarks.ITEMS
-        for path in (kept / benchmarks.ITEMS, trained):
-            if path.is_file() and (path != trained or self._is_of_this_sweep()):
-                found = benchmarks.read(path)
+    def may(self, record: TrialRecord) -> bool:
+        """Can scores of a trial be had: are they kept, or its weights?"""
+        return self.kept(record.id) is not None or _has_adapter(self.results, record)
+
+    def kept(self, name: str) -> SuiteScores | None:
+        """What a model was asked before, if it was this suite with this limit and in this precision."""
+        trained = self.folder / "trials" / name
+        for folder in (self._place(name), *([trained] if self._is_of_this_sweep() else [])):
+            if (folder / ITEMS).is_file():
+                found = read(folder / ITEMS)
                 asked = (self.opened.suite.title, self.sweep.evaluation.suite_limit, str(self._dtype))
                 if (found.suite, found.limit, found.dtype) == asked:
-                    return Row(name, about, found, record)
-        print(f"asking {about}")
-        scores = self._ask(name)
-        kept.mkdir(parents=True, exist_ok=True)
-        benchmarks.save(scores, kept)
-        return Row(name, about, scores, record)
+                    return found
+        return None
+
+    def _place(self, name: str) -> Path:
+        assert self.sources.suite is not None
+        return place(self.folder, self.sources.suite, self.sweep.evaluation.suite_limit, name)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -132,7 +169,8 @@ class _Asking:
 
     def _is_of_this_sweep(self) -> bool:
         """Was the very suite asked during the trials?"""
-        sources = json.loads((self.folder / "sources.json").read_text(encoding="utf-8"))
+        path = self.folder / SOURCES_FILE
+        sources = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         return self.sources.suite is not None and sources.get("evaluation.suite") == Path(self.sources.suite).name
 
     def _ask(self, name: str) -> SuiteScores:
@@ -147,7 +185,10 @@ class _Asking:
         where = f"{TEACHER if name == TEACHER else STUDENT}.model"
         model: Any = load_source(source, self._dtype, device, where)
         if name not in (TEACHER, STUDENT):
-            model = peft.PeftModel.from_pretrained(model, str(self.folder / "trials" / name / "adapter"))
+            adapter = self.folder / "trials" / name / "adapter"
+            if not isinstance(self.results, Path):
+                bring_folder(self.results / "trials" / name / "adapter", adapter)
+            model = peft.PeftModel.from_pretrained(model, str(adapter))
         tokenizer = models.load_tokenizer(source.path, source.revision, source.trust_remote_code, where)
         size, limit = self.sweep.evaluation.batch_size, self.sweep.evaluation.suite_limit
         scores = harness.ask(self.opened, model, tokenizer, self.sources.vocabulary, device, self._dtype, size, limit)
@@ -161,24 +202,51 @@ CHOSEN_BY_IT = (
 )
 
 
-def markdown(rows: Sequence[Row], chosen_by_it: bool = False) -> str:
+def markdown(table: Table) -> str:
     """The table: each benchmark and the average with its standard error, the paired difference to the untrained student."""
-    first = rows[0].scores
+    rows, first = table.rows, table.rows[0].scores
     base = next(row for row in rows if row.name == STUDENT)
-    header = ["model", *first.items, "average", "against the student [95 %]", "p", "peak GB", "seconds"]
+    header = ["model", *first.items, "average", "against the student [95 %]", "p", "peak GB", "seconds", "suite seconds"]
     lines = [_line(row, base) for row in rows]
     some = "all items" if first.limit is None else f"the first {first.limit} items of each task"
     words = [
         f"# {first.suite}: {some}\n",
         "Per cent, with the standard error over items; the average is the unweighted mean of the benchmarks. Differences are of "
         "averages, item by item: 95 % bootstrap interval over items, p by random signs (McNemar's exact test of one benchmark). "
-        "Memory and seconds are those of the trial's training.\n",
-        *([CHOSEN_BY_IT] if chosen_by_it else []),
+        "Memory and seconds are those of the trial's training, without the benchmarks at its end; suite seconds those of "
+        "asking, without loading the model.\n",
+        *([CHOSEN_BY_IT] if table.chosen_by_it else []),
         "| " + " | ".join(header) + " |",
         "| " + " | ".join("---" for _ in header) + " |",
         *("| " + " | ".join(line) + " |" for line in lines),
+        "",
+        *(f"- {_in_words(better, worse)}" for better, worse in combinations(_ranked(rows), 2)),
+        *(f"- Left out: {line}." for line in table.left_out),
     ]
     return "\n".join(words) + "\n"
+
+
+def _ranked(rows: Sequence[Row]) -> list[Row]:
+    """The teacher, the trials by their averages, the untrained student: as a distillation should leave them."""
+    place = {TEACHER: 0, STUDENT: 2}
+    return sorted(rows, key=lambda row: (place.get(row.name, 1), -row.scores.average))
+
+
+def _in_words(first: Row, second: Row) -> str:
+    from neo_ray import paired
+
+    found = paired.compare(first.scores.items, second.scores.items)
+    told = "better than" if found.low > 0 else "worse than" if found.high < 0 else "not told apart from"
+    if found.p >= 0.05:
+        told = "not told apart from"
+    return (
+        f"Item by item, {first.about} is {told} {second.about}: {_points(found)} points, p {found.p:.2g}, better on "
+        f"{found.better} items and worse on {found.worse}."
+    )
+
+
+def _points(found: Difference) -> str:
+    return f"{100 * found.value:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
 
 
 def _line(row: Row, base: Row) -> list[str]:
@@ -191,13 +259,16 @@ def _line(row: Row, base: Row) -> list[str]:
         cells += ["", ""]
     else:
         found = paired.compare(scores.items, base.scores.items)
-        cells += [f"{100 * found.value:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]", f"{found.p:.2g}"]
+        cells += [_points(found), f"{found.p:.2g}"]
     record = row.record
-    peak = f"{record.peak_memory_bytes / 1e9:.2f}" if record is not None and record.peak_memory_bytes else ""
-    return [*cells, peak, f"{record.seconds:.0f}" if record is not None else ""]
+    asked = f"{scores.seconds:.0f}" if scores.seconds is not None else ""
+    if record is None:
+        return [*cells, "", "", asked]
+    peak = f"{record.peak_memory_bytes / 1e9:.2f}" if record.peak_memory_bytes else ""
+    return [*cells, peak, f"{record.seconds - (record.details.get('suite_seconds') or 0.0):.0f}", asked]
 
 
-def _with_suite(sweep: SweepConfig, suite: str | None, limit: int | None) -> SweepConfig:
+def _which_suite(sweep: SweepConfig, suite: str | None, limit: int | None) -> tuple[str, int | None]:
     settings = sweep.evaluation
     name = suite or settings.suite
     if name is None:
@@ -206,44 +277,51 @@ def _with_suite(sweep: SweepConfig, suite: str | None, limit: int | None) -> Swe
         raise ConfigError(
             f"--suite: the sweep has no suite of its own; give one: {', '.join(shipped())}, a YAML file or a folder"
         )
-    kept = settings.suite_limit if suite is None and limit is None else limit
-    changed = EvaluationConfig(**{**settings.model_dump(), "suite": name, "suite_limit": kept})
-    return sweep.model_copy(
-        update={"evaluation": changed, "resources": sweep.resources.model_copy(update={"workers_per_trial": 1})}
-    )
+    return name, settings.suite_limit if suite is None and limit is None else limit
 
 
-def _best_of_each_method(records: Sequence[TrialRecord], sweep: SweepConfig) -> list[TrialRecord]:
+def _best_of_each_method(
+    records: Sequence[TrialRecord], sweep: SweepConfig, asking: _Asking
+) -> tuple[list[TrialRecord], list[str]]:
+    """Of each method the best COMPLETE trial whose scores can be had; and what stands for no method, in words."""
     from neo_ray.evidence import gather
     from neo_ray.report import ranked
 
-    complete = [r for r in records if r.state == "COMPLETE" and _method(r) in ("lora", "neo")]
-    best: dict[str, TrialRecord] = {}
-    found = gather(records, sweep).best  # where a study was confirmed, that is its answer
-    ordered = ranked(complete, sweep.objective.metric, sweep.objective.mode)
-    for record in sorted(ordered, key=lambda record: found is None or record.id != found.id):
-        best.setdefault(_method(record), record)
-    return list(best.values())
+    best = gather(records, sweep).best  # where a study was confirmed, that is its answer
+    ordered = ranked(records, sweep.objective.metric, sweep.objective.mode)
+    ordered.sort(key=lambda record: best is None or record.id != best.id)
+    chosen, left_out = [], []
+    for method in dict.fromkeys(map(_method, ordered)):
+        complete = [record for record in ordered if _method(record) == method and record.state == "COMPLETE"]
+        found = next(filter(asking.may, complete), None)
+        if not complete:
+            left_out.append(f"{method}: none of its trials is COMPLETE")
+        elif found is not complete[0]:
+            instead = f"; {_about(found)} stands for {method}" if found else ""
+            left_out.append(f"{_about(complete[0])}, its best: {NO_WEIGHTS}{instead}")
+        chosen += [found] if found else []
+    return chosen, left_out
 
 
 def _method(record: TrialRecord) -> str:
     return str(record.config.get("method", "neo"))
 
 
-def _named(records: Sequence[TrialRecord], wanted: str) -> TrialRecord:
-    known = {record.id: record for record in records}
-    if wanted not in known:
-        raise ConfigError(f"--trial: there is no trial {wanted}{guess(wanted, known)}")
-    return known[wanted]
+def _about(record: TrialRecord) -> str:
+    return f"{_method(record)}, trial {record.id}"
 
 
-def _check(folder: Path, record: TrialRecord) -> None:
-    if not (folder / "trials" / record.id / "adapter" / "adapter_config.json").is_file():
+def _has_adapter(results: Folder, record: TrialRecord) -> bool:
+    return (results / "trials" / record.id / "adapter" / "adapter_config.json").exists()
+
+
+def _can_be_asked(results: Folder, folder: Path, record: TrialRecord) -> bool:
+    return _has_adapter(results, record) or (folder / "trials" / record.id / ITEMS).is_file()
+
+
+def _check(results: Folder, folder: Path, record: TrialRecord) -> None:
+    if not _can_be_asked(results, folder, record):
         raise ConfigError(f"--trial: trial {record.id} ({record.state}, {_method(record)}) has no adapter to ask")
-
-
-def _folder_of(limit: int | None) -> str:
-    return "all" if limit is None else f"first-{limit}"
 
 
 if __name__ == "__main__":

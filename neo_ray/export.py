@@ -7,6 +7,7 @@ after 0.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 import sys
@@ -17,11 +18,12 @@ from typing import Any
 
 import yaml
 
-from neo_ray import door, loading
+from neo_ray import door, loading, uploads
 from neo_ray.config import SweepConfig
-from neo_ray.mistakes import guess
-from neo_ray.records import TrialRecord, load_records
+from neo_ray.records import TrialRecord
 from neo_ray.settings import ConfigError
+from neo_ray.storage import Folder, at, bring_folder
+from neo_ray.trials import find_trial
 
 SCHEMA_VERSION = 1
 TOLERANCES = {"fp32": 1e-3, "bf16": 2e-2}
@@ -40,8 +42,10 @@ class OtherScores(Exception):
 
 @dataclass(frozen=True)
 class Chosen:
+    place: Folder
+    """The results folder, as it was named."""
     folder: Path
-    """The results folder."""
+    """The same on this machine."""
     sweep: str
     record: TrialRecord
     alone: SweepConfig
@@ -56,39 +60,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m neo_ray.export", description="Write a trial's adapter and merged model, and score that model again."
     )
-    parser.add_argument("path", type=Path, help="a results folder (results/<name>)")
+    parser.add_argument("path", help="a results folder (results/<name>), or its URL")
     parser.add_argument("--trial", metavar="ID", help="which trial; the best one by default")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="a new folder; <path>/export/<id> by default")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="a new folder; by default <path>/export/<id>, of a URL export/<id>"
+    )
     parser.add_argument("--dtype", choices=tuple(TOLERANCES), default="fp32", help="of the written weights (fp32)")
     asked = parser.parse_args(argv)
     with door.end(failures=(OtherScores,), interrupted="interrupted; nothing was written") as end:
-        chosen = choose(asked.path.expanduser(), asked.trial)
-        out = asked.out.expanduser() if asked.out else chosen.folder / "export" / chosen.record.id
+        place = at(asked.path)
+        chosen = choose(place, asked.trial)
+        beside = place if isinstance(place, Path) else Path()
+        out = asked.out.expanduser() if asked.out else beside / "export" / chosen.record.id
         export(chosen, out, asked.dtype)
         print(out)
     return end.code
 
 
-def choose(folder: Path, wanted: str | None = None) -> Chosen:
-    """The trial of this id, or the best one: that of `best.yaml`.
+def choose(place: Folder, wanted: str | None = None) -> Chosen:
+    """The trial of this id, or the best one: that of `best.yaml`. What is needed of it is brought to this machine.
 
     Raises:
         ConfigError: no records, no such trial, or one that left no adapter.
     """
     from neo_ray.report import best_yaml
 
-    if not folder.is_dir():
-        near = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        raise ConfigError(f"{folder}: there is no such results folder{guess(folder.name, near)}")
-    try:
-        records = load_records(folder)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    sweep = loading.load(folder / "sweep.yaml")
-    record = _best(folder, records, sweep) if wanted is None else _named(folder, records, wanted)
+    folder, records, sweep = uploads.opened(place)
+    record = _best(folder, records, sweep) if wanted is None else find_trial(folder, records, wanted)
     alone = loading.validate(yaml.safe_load(best_yaml(sweep, record)))
-    chosen = Chosen(folder, sweep.name, record, alone.model_copy(update={"name": f"{sweep.name}-{record.id}"}))
-    _check(chosen, records)
+    chosen = Chosen(place, folder, sweep.name, record, alone.model_copy(update={"name": f"{sweep.name}-{record.id}"}))
+    if not isinstance(place, Path):
+        bring_folder(place / "trials" / record.id / "adapter", chosen.adapter)
+    _check(chosen, records, place)
     return chosen
 
 
@@ -104,14 +107,17 @@ def export(chosen: Chosen, out: Path, dtype: str) -> dict[str, Any]:
     from neo_ray import devices, merging
     from neo_ray.card import card, licence_of
     from neo_ray.environment import environment
-    from neo_ray.prepare import check_same_sources, identities, make_student, prepare
+    from neo_ray.prepare import check_same_sources, for_scoring, identities, make_student, prepare
     from neo_ray.quickstart import made_once
     from neo_ray.records import write_atomically
 
     record, alone = chosen.record, chosen.alone
-    prepared = prepare(alone, print)
-    check_same_sources(chosen.folder, identities(alone, prepared), "an adapter goes with what it was trained on: bring that back")
-    sources = make_student(alone, prepared, print)
+    scored = for_scoring(alone)
+    prepared = prepare(scored, print)
+    check_same_sources(
+        chosen.folder, identities(scored, prepared), "an adapter goes with what it was trained on: bring that back"
+    )
+    sources = make_student(scored, prepared, print)
     licence, licence_files = licence_of(*_origin(alone, sources))
     facts: dict[str, Any] = {}
 
@@ -175,23 +181,13 @@ def _best(folder: Path, records: list[TrialRecord], sweep: SweepConfig) -> Trial
     return next(record for record in records if record.id == found.id)
 
 
-def _named(folder: Path, records: list[TrialRecord], wanted: str) -> TrialRecord:
-    from neo_ray.trials import trial_id
-
-    ids = {record.id: record for record in records}
-    if wanted not in ids:
-        near = trial_id(int(wanted)) if wanted.isdecimal() else wanted
-        raise ConfigError(f"--trial: {folder} has no trial {wanted}{guess(near, ids)}")
-    return ids[wanted]
-
-
-def _check(chosen: Chosen, records: list[TrialRecord]) -> None:
+def _check(chosen: Chosen, records: list[TrialRecord], place: Folder) -> None:
     """Raises ConfigError where the trial left no adapter, or nothing to judge it by."""
     record, method = chosen.record, chosen.alone.method
     if record.state != "COMPLETE":
         raise ConfigError(f"--trial: trial {record.id} is {record.state}, and only a COMPLETE trial has an adapter")
     if not chosen.alone.trial.has_adapter:
-        others = [r.id for r in records if (chosen.folder / "trials" / r.id / "adapter").is_dir()]
+        others = [r.id for r in records if (place / "trials" / r.id / "adapter").exists()]
         raise ConfigError(
             f"--trial: trial {record.id} trained all parameters ({method}), and such trials keep no weights (best.yaml runs the "
             f"setting again); trials with an adapter: {', '.join(others) or 'none'}"
@@ -221,6 +217,9 @@ def _facts(chosen: Chosen, sources: Any, scores: dict[str, Any], tolerance: floa
     return {
         "schema_version": SCHEMA_VERSION,
         "sweep": chosen.sweep,
+        "results": str(chosen.place),
+        "sweep_sha256": hashlib.sha256((chosen.folder / "sweep.yaml").read_bytes()).hexdigest(),
+        "guidelines": _guidelines(chosen.folder),
         "trial": record.id,
         "params": record.params,
         "seed": record.seed,
@@ -230,6 +229,13 @@ def _facts(chosen: Chosen, sources: Any, scores: dict[str, Any], tolerance: floa
         "dtype": dtype,
         "trial_dtype": record.details.get("dtype", "an unknown precision"),
     }
+
+
+def _guidelines(folder: Path) -> list[dict[str, str]]:
+    """Claims of the sweep that stand or fall; what is undecided is no help to who takes the model."""
+    from neo_ray.analyze import analyse
+
+    return [{"verdict": g.verdict, "claim": g.claim} for g in analyse(folder).guidelines if g.verdict != "undecided"]
 
 
 if __name__ == "__main__":

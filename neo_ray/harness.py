@@ -7,11 +7,11 @@ Shapes: B sequences, L tokens, V real vocabulary.
 from __future__ import annotations
 
 import importlib
-import importlib.util
+import json
 import logging
-import math
 import os
 import random
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -26,8 +26,10 @@ from torch import nn
 
 from neo_ray import devices, suites
 from neo_ray.mistakes import guess
-from neo_ray.parts import rank_and_world_size
-from neo_ray.searching import BENCHMARKS
+from neo_ray.parts import rank_and_world_size, sum_over_ranks
+from neo_ray.records import Stop
+from neo_ray.refusals import check_harness
+from neo_ray.scores import SuiteScores
 from neo_ray.settings import ConfigError
 from neo_ray.suites import Suite
 
@@ -35,45 +37,16 @@ SEED = 1234
 """Of the draw of solved examples, where a suite has shots: the harness's own default."""
 
 
-@dataclass(frozen=True)
-class SuiteScores:
-    """A suite's scores of one model."""
+class NoRoomForSuite(torch.OutOfMemoryError):
+    """Memory ran out while benchmarks were asked: a smaller micro-batch of the training would change nothing."""
 
-    suite: str
-    """Name and version."""
-    limit: int | None
-    """So many items of each task were asked, the first ones; None: all."""
-    items: dict[str, list[float]]
-    """Benchmark → each item's value, always in the same order: what two models are compared by, item by item."""
-    dtype: str = "torch.float32"
-    """Of matrix products: models are compared in the same one."""
 
-    @property
-    def values(self) -> dict[str, float]:
-        """Benchmark → mean over its items."""
-        return {name: float(np.mean(items)) for name, items in self.items.items()}
+class Stopped(Exception):
+    """All workers were told to stop while benchmarks were asked: there are no scores, not even of some."""
 
-    @property
-    def errors(self) -> dict[str, float]:
-        """Benchmark → standard error of its value, from the spread of its items; nan of a single one."""
-        return {
-            name: float(np.std(items, ddof=1) / math.sqrt(len(items))) if len(items) > 1 else math.nan
-            for name, items in self.items.items()
-        }
-
-    @property
-    def average(self) -> float:
-        """Unweighted mean over the benchmarks."""
-        return float(np.mean(list(self.values.values())))
-
-    @property
-    def error(self) -> float:
-        """Standard error of the average."""
-        return math.sqrt(sum(error**2 for error in self.errors.values())) / len(self.items)
-
-    def named(self) -> dict[str, float | None]:
-        """As a record's metrics: `suite` for the average, `suite_<benchmark>` for each value."""
-        return {BENCHMARKS: self.average, **{f"{BENCHMARKS}_{name}": value for name, value in self.values.items()}}
+    def __init__(self, stop: Stop) -> None:
+        super().__init__(f"benchmarks were left ({stop.name})")
+        self.stop = stop
 
 
 @dataclass(frozen=True)
@@ -95,12 +68,12 @@ def open_suite(folder: Path, limit: int | None = None, world_size: int = 1, is_c
         ConfigError: the harness is not installed, a task is not known, its data cannot be had, it does not state the metric as
             a mean over items, or it lets the model write where ranks would not do so equally often.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError("evaluation.suite: needs the LM Evaluation Harness: pip install -c constraints.txt -e '.[lm_eval]'")
+    check_harness()
     suite = suites.read(folder / suites.FILE)
-    with _quiet():
+    with _quiet(), suites.task_files(folder) as files:
         own = suite.tasks is not None
-        manager = _part("tasks").TaskManager(include_path=str(folder / "tasks") if own else None, include_defaults=not own)
+        defaults = not own or suite.with_harness
+        manager = _part("tasks").TaskManager(include_path=str(files) if own else None, include_defaults=defaults)
         tasks = {name: _load(manager, suite, name) for name in suite.benchmarks}
     for name, found in tasks.items():
         for task, loaded in found.items():
@@ -115,7 +88,7 @@ def open_suite(folder: Path, limit: int | None = None, world_size: int = 1, is_c
                 raise ConfigError(f"evaluation.suite: {task} has {number} items for {world_size} workers of a trial")
             if loaded.config.num_fewshot != 0:  # a task that says 0 keeps that, as with the harness
                 loaded.set_config(key="num_fewshot", value=suite.shots)
-            loaded.set_fewshot_seed(seed=SEED)
+            _draw_by_item(loaded, task)
     return Opened(suite, tasks)
 
 
@@ -128,7 +101,7 @@ def ask(
     dtype: torch.dtype,
     batch_size: int = 4,
     limit: int | None = None,
-    alive: Callable[[], object] = lambda: None,
+    should_stop: Callable[[], Stop] = lambda: Stop.NO,
 ) -> SuiteScores:
     """Score a model; every worker of the trial calls this, and each gets all scores.
 
@@ -136,28 +109,26 @@ def ask(
         model: a causal language model of transformers, with or without adapter, also one that ZeRO-3 has cut.
         vocabulary: token ids that are real; what the head says beyond them is left out.
         dtype: of matrix products.
-        batch_size: sequences at once; halved where a worker that is alone runs out of memory.
+        batch_size: sequences at once; each worker halves it for itself where it runs out of memory.
         limit: items of a task, the first ones; None: all.
-        alive: called before each forward pass.
+        should_stop: asked on rank 0 before each batch; all workers stop before the same one.
+
+    Raises:
+        Stopped: as `should_stop` said.
+        NoRoomForSuite: a single sequence does not fit, or the model is cut over workers, which must take equally many steps.
     """
+    started = time.monotonic()
     tasks = {name: task for found in opened.tasks.values() for name, task in found.items()}
     with _untouched(model, device), _quiet():
         model.eval()
-        while True:
-            lm = _language_model(_Asked(model, device, dtype, vocabulary, alive), tokenizer, batch_size)
-            try:
-                result = _part("evaluator").evaluate(lm, {"tasks": tasks}, limit=limit, bootstrap_iters=0)
-                break
-            except Exception as error:
-                if not devices.is_out_of_memory(error) or batch_size == 1 or rank_and_world_size()[1] > 1:
-                    raise
-                batch_size = (batch_size + 1) // 2
-            devices.free_memory(device)
-    items = [_items(opened, result) if result is not None else None]
+        lm = _language_model(_Asked(model, device, dtype, vocabulary, _Pace(should_stop, device)), tokenizer, batch_size)
+        result = _part("evaluator").evaluate(lm, {"tasks": tasks}, limit=limit, bootstrap_iters=0)
+    found = [(_items(opened, result), time.monotonic() - started) if result is not None else None]
     if rank_and_world_size()[1] > 1:
-        dist.broadcast_object_list(items, src=0)
-    assert items[0] is not None
-    return SuiteScores(opened.suite.title, limit, items[0], str(dtype))
+        dist.broadcast_object_list(found, src=0)
+    assert found[0] is not None
+    items, seconds = found[0]
+    return SuiteScores(opened.suite.title, limit, items, str(dtype), seconds)
 
 
 def _part(name: str) -> Any:
@@ -190,6 +161,20 @@ def _check_metric(suite: Suite, benchmark: str, task: str, loaded: Any) -> None:
         )
 
 
+def _draw_by_item(task: Any, name: str) -> None:
+    """Solved examples are drawn by seed, task and item: the same ones whichever worker asks it, and whatever it asked before.
+
+    The harness itself goes on drawing from one generator, from item to item and from one asking to the next.
+    """
+    build = task.fewshot_context
+
+    def drawn(doc: Any, **how: Any) -> Any:
+        task.set_fewshot_seed(seed=f"{SEED} {name} {json.dumps(doc, sort_keys=True, default=str)}")
+        return build(doc, **how)
+
+    task.fewshot_context = drawn
+
+
 def _items(opened: Opened, result: Any) -> dict[str, list[float]]:
     """Benchmark → values, by task and by the item's number; of several filters of an answer the first counts."""
     found: dict[str, list[float]] = {}
@@ -204,6 +189,24 @@ def _items(opened: Opened, result: Any) -> dict[str, list[float]]:
 
 
 @dataclass(frozen=True)
+class _Pace:
+    """Workers take their batches side by side, so that all hear before the same one that they are to stop."""
+
+    should_stop: Callable[[], Stop]
+    """Asked on rank 0."""
+    device: torch.device
+
+    def step(self, is_through: bool = False) -> bool:
+        """Before each batch, and then until all workers are through, which it returns. Raises Stopped."""
+        rank, world_size = rank_and_world_size()
+        told = float(self.should_stop()) if rank == 0 else 0.0
+        stop, through = sum_over_ranks(torch.tensor([told, float(is_through)], device=self.device)).tolist()
+        if stop:
+            raise Stopped(Stop(int(stop)))
+        return through == world_size
+
+
+@dataclass(frozen=True)
 class _Asked:
     """The model as the harness calls it: no module, so that it neither changes its mode nor ties its weights anew."""
 
@@ -211,23 +214,32 @@ class _Asked:
     device: torch.device
     dtype: torch.dtype
     vocabulary: int
-    alive: Callable[[], object]
+    pace: _Pace
 
     @property
     def config(self) -> Any:
         return self.model.config
 
     def __call__(self, input_ids_BL: torch.Tensor) -> Any:
-        self.alive()
+        self.pace.step()
         with torch.no_grad(), devices.autocast(self.device, self.dtype):
             logits_BLV = self.model(input_ids=input_ids_BL, use_cache=False).logits
         return SimpleNamespace(logits=logits_BLV[..., : self.vocabulary].float())
 
     def generate(self, **arguments: Any) -> torch.Tensor:
-        self.alive()
-        cut = any(hasattr(parameter, "ds_id") for parameter in self.model.parameters())  # ZeRO-3: all ranks go on together
+        self.pace.step()
         with torch.no_grad(), devices.autocast(self.device, self.dtype):
-            return self.model.generate(**arguments, synced_gpus=cut and rank_and_world_size()[1] > 1)
+            return self.model.generate(**arguments, logits_processor=[self._real], synced_gpus=self.is_cut)
+
+    def _real(self, ids_BL: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
+        """No token beyond the vocabulary is written."""
+        logits_BV[:, self.vocabulary :] = -torch.inf
+        return logits_BV
+
+    @property
+    def is_cut(self) -> bool:
+        """By ZeRO-3, over several workers: they take each step together."""
+        return rank_and_world_size()[1] > 1 and any(hasattr(parameter, "ds_id") for parameter in self.model.parameters())
 
 
 def _language_model(asked: _Asked, tokenizer: Any, batch_size: int) -> Any:
@@ -235,6 +247,8 @@ def _language_model(asked: _Asked, tokenizer: Any, batch_size: int) -> Any:
 
     class Workers(base):
         """Items are dealt out to the workers of a trial."""
+
+        batch_size_per_gpu: int
 
         def __init__(self) -> None:
             # a cache by context would make the number of forward passes differ between ranks
@@ -249,25 +263,44 @@ def _language_model(asked: _Asked, tokenizer: Any, batch_size: int) -> Any:
             return torch.stack(found)
 
         def barrier(self) -> None:
-            if self.world_size > 1:
-                dist.barrier()
+            """After all requests of a kind."""
+            while not asked.pace.step(is_through=True):
+                pass
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
             return super().loglikelihood(requests, disable_tqdm=True)
 
+        def _loglikelihood_tokens(self, requests: list[Any], **how: Any) -> list[tuple[float, bool]]:
+            return self._fitting(lambda: super(Workers, self)._loglikelihood_tokens(requests, **how))
+
         def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-            return super().generate_until(requests, disable_tqdm=True)
+            return self._fitting(lambda: super(Workers, self).generate_until(requests, disable_tqdm=True))
+
+        def _fitting(self, answer: Callable[[], list[Any]]) -> list[Any]:
+            """No other worker is waited for within `answer`, so each may take batches of its own size."""
+            while True:
+                try:
+                    return answer()
+                except Exception as error:
+                    if not devices.is_out_of_memory(error):
+                        raise
+                    if self.batch_size_per_gpu == 1 or asked.is_cut:
+                        raise NoRoomForSuite(
+                            f"evaluation.suite: evaluation.batch_size {batch_size} does not fit ({error})"
+                        ) from None
+                self.batch_size_per_gpu = (self.batch_size_per_gpu + 1) // 2
+                devices.free_memory(asked.device)
 
     return Workers()
 
 
 @contextmanager
 def _untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Random states and the mode of every module, put back."""
+    """Random states and the mode of every module, put back; the peak of memory, which is the training's."""
     modes = {module: module.training for module in model.modules()}
     python, of_numpy = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), devices.uncounted_memory(device):
             yield
     finally:
         random.setstate(python)

@@ -24,7 +24,7 @@ class Difference:
     value: float
     low: float
     high: float
-    """95 % percentile bootstrap over items, drawn anew within each benchmark."""
+    """Percentile bootstrap over items, drawn anew within each benchmark."""
     better: int
     worse: int
     """Items on which ours has the larger, and the smaller, value."""
@@ -33,8 +33,11 @@ class Difference:
     benchmark of right and wrong answers this is McNemar's exact test, otherwise a draw of signs."""
 
 
-def compare(ours: Items, theirs: Items, seed: int = 0) -> Difference:
+def compare(ours: Items, theirs: Items, seed: int = 0, level: float = 0.95) -> Difference:
     """
+    Args:
+        level: of the interval.
+
     Raises:
         ValueError: the two did not answer the same items.
     """
@@ -43,7 +46,7 @@ def compare(ours: Items, theirs: Items, seed: int = 0) -> Difference:
     apart = [np.asarray(ours[name], float) - np.asarray(theirs[name], float) for name in ours]
     generator = np.random.default_rng(seed)
     drawn = np.mean([_means(values, generator) for values in apart], axis=0)
-    low, high = np.quantile(drawn, (0.025, 0.975))
+    low, high = np.quantile(drawn, ((1 - level) / 2, (1 + level) / 2))
     better, worse = (int(sum((sign * values > 0).sum() for values in apart)) for sign in (1, -1))
     p = _p(apart, better, worse, generator)
     return Difference(float(np.mean([values.mean() for values in apart])), float(low), float(high), better, worse, p)

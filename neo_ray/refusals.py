@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 from neo_ray.config import SweepConfig
 from neo_ray.searching import of_suite
 from neo_ray.settings import ConfigError, TrialConfig
+from neo_ray.storage import Remote
 
 DECIDING = ("method", "variant", "modules_to_save", "dtype", "zero_stage", "offload_optimizer", "offload_parameters", "nvme_path")
 """The leaves that the checks read: every combination of them that a sweep can have is looked at."""
@@ -77,6 +80,20 @@ def _quantization(config: SweepConfig, trial: TrialConfig) -> Iterator[str]:
         yield f"{where} leaves no plain weights of {whole[0]!r} for lora.modules_to_save; with it: norms, embeddings, the head"
 
 
+def check_suite_at(config: SweepConfig) -> None:
+    """Benchmarks in `confirm` alone need that phase, and choose nothing. Raises ConfigError."""
+    if config.evaluation.suite_at != "confirm":
+        return
+    if config.phases is None or config.phases.confirm is None:
+        raise ConfigError("evaluation.suite_at: confirm is a phase that this sweep does not have; end, rungs, or phases.confirm")
+    metric = next((objective.metric for objective in config.objective.all if of_suite(objective.metric)), None)
+    if metric is not None:
+        raise ConfigError(
+            f"evaluation.suite_at: confirm measures {metric} of the settings that are chosen already, and objective.metric is "
+            "to choose by it; end, or rungs"
+        )
+
+
 def check_objectives(config: SweepConfig) -> None:
     """What cannot look for several things at once. Raises ConfigError."""
     benchmarks = [objective.metric for objective in config.objective.all if of_suite(objective.metric)]
@@ -100,6 +117,12 @@ def check_objectives(config: SweepConfig) -> None:
         )
 
 
+def check_harness() -> None:
+    """Raises ConfigError where benchmarks cannot be asked."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError("evaluation.suite: needs the LM Evaluation Harness: pip install -c constraints.txt -e '.[lm_eval]'")
+
+
 def check_installed(config: SweepConfig) -> None:
     """What a sweep needs where it runs; its records are read anywhere. Raises ConfigError."""
     exploit = config.phases.exploit if config.phases else None
@@ -109,6 +132,8 @@ def check_installed(config: SweepConfig) -> None:
             f"{where}.name: cmaes needs the package cmaes, which is not installed; "
             "pip install -c constraints.txt -e '.[cmaes]', or tpe, gp, nsga2"
         )
+    if config.evaluation.suite is not None:
+        check_harness()
     if config.storage.study is not None:
         _check_database(config.storage.study)
     for side, section in (("student", config.student), ("teacher", config.teacher)):
@@ -116,6 +141,31 @@ def check_installed(config: SweepConfig) -> None:
             raise ConfigError(
                 f"{side}.quantization: {section.quantization} needs bitsandbytes, which is not installed; "
                 "pip install 'neo_ray[quantization]', or none"
+            )
+    for name in ("wandb", "mlflow"):
+        if getattr(config.logging, name) is not None and importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"logging.{name}: needs the package {name}, which is not installed; pip install -c constraints.txt -e '.[{name}]'"
+            )
+    _check_trackers(config)
+
+
+def _check_trackers(config: SweepConfig) -> None:
+    wandb, mlflow = config.logging.wandb, config.logging.mlflow
+    if wandb is not None and wandb.mode == "offline" and isinstance(config.results, Remote):
+        raise ConfigError(
+            f"logging.wandb.mode: offline writes into a results folder on disk, and storage.path {config.storage.path} is an "
+            "object store, to which that is not uploaded; online, or a storage.path that is a folder"
+        )
+    if mlflow is not None:
+        uri = mlflow.tracking_uri or importlib.import_module("mlflow").get_tracking_uri()
+        known = importlib.import_module("mlflow.environment_variables")
+        allowed = getattr(known, "MLFLOW_ALLOW_FILE_STORE", None)  # not in an older MLflow, which takes folders
+        is_folder = urlsplit(uri).scheme in ("", "file") and uri not in ("databricks", "databricks-uc", "uc")
+        if is_folder and allowed is not None and not allowed.get():
+            raise ConfigError(
+                f"logging.mlflow.tracking_uri: {uri} is a folder, which this version of MLflow refuses; a server's URL, "
+                "sqlite:////path/mlflow.db, or MLFLOW_ALLOW_FILE_STORE=true in the environment"
             )
 
 

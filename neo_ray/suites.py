@@ -8,20 +8,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from neo_ray import continuations, quickstart
+from neo_ray import continuations, quickstart, wordings
 from neo_ray.mistakes import guess
 from neo_ray.settings import ConfigError
 
 SHIPPED = Path(__file__).parent / "suites"
 FILE = "suite.yaml"
+MAKERS: dict[str, Callable[[Sequence[str], int | None], list[dict[str, Any]]]] = {
+    "continuation": continuations.make_items,
+    "order": wordings.order_items,
+    "word": wordings.word_items,
+}
 HERE = "${SUITE}"
-"""In a file of a suite: the folder that it was made ready in, with `tasks/` and `items/`."""
+"""In a task file of a suite: the folder that the suite is in when it is opened, with `tasks/` and `items/`."""
 
 
 class Benchmark(BaseModel):
@@ -30,7 +38,11 @@ class Benchmark(BaseModel):
     metric: str
     """Of those that the task states; its mean over items is the benchmark's value."""
     passages: str | None = None
-    """A text of the quickstart: the items are continuations of its passages, made by `continuations.make_items`."""
+    """A text of the quickstart that the items are made of."""
+    kind: Literal["continuation", "order", "word"] = "continuation"
+    """Of items made of passages: `continuations.make_items`, `wordings.order_items`, `wordings.word_items`."""
+    count: int = Field(200, ge=1)
+    """Items made of passages, at most."""
 
 
 class Suite(BaseModel):
@@ -43,6 +55,8 @@ class Suite(BaseModel):
     """Solved examples before each item; a task whose own file says 0 keeps that."""
     tasks: str | None = None
     """A folder of task files, beside this one; the harness's own tasks are not looked at then."""
+    with_harness: bool = False
+    """Look at them all the same, beside the `tasks`."""
     benchmarks: dict[str, Benchmark] = Field(min_length=1)
     """Task or group → its metric. A group's value is the mean over the items of all its tasks."""
 
@@ -87,19 +101,35 @@ def read(path: Path) -> Suite:
         raise ConfigError(f"evaluation.suite: {path}: {where}: {first['msg']}") from None
 
 
+def check(name: str) -> tuple[Path, Suite]:
+    """The file of a suite and what it says, once all that it names is here, but for what the harness knows: tasks, their data.
+
+    Raises:
+        ConfigError: no such suite, no folder of its tasks, or no such text.
+    """
+    path = find(name)
+    suite = read(path)
+    if suite.tasks is not None and not (folder := path.parent / suite.tasks).is_dir():
+        raise ConfigError(f"evaluation.suite: {path}: tasks: {folder} is no folder")
+    for task, benchmark in suite.benchmarks.items():
+        if benchmark.passages is not None:
+            try:
+                quickstart.known(benchmark.passages)
+            except ConfigError as error:
+                raise ConfigError(f"evaluation.suite: {path}: benchmarks.{task}.passages: {error}") from None
+    return path, suite
+
+
 def make_ready(name: str, cache: Path, announce: Callable[[str], None] = print) -> Path:
-    """A folder in `cache` that holds all of a suite but the harness and the hub's data sets; named by its content.
+    """A folder in `cache` that holds all of a suite but the harness and the hub's data sets: `<name>-<version>-<digest of all>`.
 
     Raises:
         ConfigError: no such suite, or a text of it cannot be fetched.
     """
-    path = find(name)
-    suite = read(path)
+    path, suite = check(name)
     files = {FILE: suite.model_dump_json(indent=1)}
     if suite.tasks is not None:
         folder = path.parent / suite.tasks
-        if not folder.is_dir():
-            raise ConfigError(f"evaluation.suite: {path}: tasks: {folder} is no folder")
         files |= {
             f"tasks/{p.relative_to(folder)}": p.read_text(encoding="utf-8") for p in sorted(folder.rglob("*")) if p.is_file()
         }
@@ -107,7 +137,8 @@ def make_ready(name: str, cache: Path, announce: Callable[[str], None] = print) 
         if benchmark.passages is not None:
             text = quickstart.fetch(benchmark.passages, cache, announce)
             passages = [json.loads(line)["text"] for line in Path(text).read_text(encoding="utf-8").splitlines()]
-            files[f"items/{task}.jsonl"] = "".join(json.dumps(item) + "\n" for item in continuations.make_items(passages))
+            items = MAKERS[benchmark.kind](passages, benchmark.count)
+            files[f"items/{task}.jsonl"] = "".join(json.dumps(item) + "\n" for item in items)
     digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
 
     target = cache / "suites" / f"{suite.name}-{suite.version}-{digest}"
@@ -115,6 +146,17 @@ def make_ready(name: str, cache: Path, announce: Callable[[str], None] = print) 
     def write(part: Path) -> None:
         for file, text in files.items():
             (part / file).parent.mkdir(parents=True, exist_ok=True)
-            (part / file).write_text(text.replace(HERE, str(target)), encoding="utf-8")
+            (part / file).write_text(text, encoding="utf-8")
 
     return quickstart.made_once(target, write)
+
+
+@contextmanager
+def task_files(folder: Path) -> Iterator[Path]:
+    """The task files of a suite that was made ready, for as long as they are loaded: they know where it is on this machine."""
+    with tempfile.TemporaryDirectory() as name:
+        for path in (path for path in (folder / "tasks").rglob("*") if path.is_file()):
+            resolved = Path(name) / path.relative_to(folder / "tasks")
+            resolved.parent.mkdir(parents=True, exist_ok=True)
+            resolved.write_text(path.read_text(encoding="utf-8").replace(HERE, str(folder.resolve())), encoding="utf-8")
+        yield Path(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,22 +14,24 @@ from typing import Any, get_args
 import pytest
 import torch
 import yaml
+from buckets import put_sweep
 from doors import ROOT, sweep_file
 from safetensors import safe_open
-from tiny import World, make_llama, make_world
+from tiny import World, make_llama, make_suite, make_tokenizer, make_world, passages
 
-from neo_ray import analyze, loading
+from neo_ray import analyze, loading, scores
 from neo_ray.bench_step import process_group
-from neo_ray.card import licence_of
+from neo_ray.card import card, licence_of
 from neo_ray.config import SweepConfig
 from neo_ray.export import TOLERANCES, OtherScores, check_scores, main
 from neo_ray.merging import rescore
 from neo_ray.parts import load_parts
-from neo_ray.prepare import SOURCES_FILE, identities, make_student, prepare
-from neo_ray.records import Journal, load_records, write_atomically
+from neo_ray.prepare import identities, make_student, prepare
+from neo_ray.records import Journal, TrialRecord, load_records, write_atomically
 from neo_ray.settings import LoraConfig
 from neo_ray.space import build_space
 from neo_ray.train import train
+from neo_ray.uploads import ASKED, ITEMS, SOURCES_FILE
 
 Pair = tuple[Path, Path]
 """An exported folder and the base of its adapter."""
@@ -212,6 +215,21 @@ def test_without_an_id_the_trial_of_best_yaml_is_exported_once(
     assert "exists" in capsys.readouterr().err and (out / "export.json").read_bytes() == before
 
 
+def test_a_trial_of_an_object_store_is_exported_by_its_url(
+    swept: SweepConfig, scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = put_sweep(swept.folder, f"memory://{tmp_path.name}/results/tiny")
+    monkeypatch.chdir(tmp_path)
+    assert main([place.url, "--trial", IDS["lora"]]) == 0, capsys.readouterr().err
+    adapter = tmp_path / "export" / IDS["lora"] / "adapter" / "adapter_model.safetensors"
+    assert adapter.read_bytes() == (swept.folder / "trials" / IDS["lora"] / "adapter" / adapter.name).read_bytes()
+    capsys.readouterr()
+    assert main([place.url, "--trial", FULL]) == 2
+    assert f"trials with an adapter: {', '.join(IDS.values())}" in capsys.readouterr().err
+    assert main([f"{place.url}-of-nobody"]) == 2
+    assert "of-nobody: holds no sweep" in capsys.readouterr().err
+
+
 def test_bf16_rounds_what_is_written_and_nothing_else(swept: SweepConfig, exported: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "half"
     assert main([str(swept.folder), "--trial", IDS["lora"], "--out", str(out), "--dtype", "bf16"]) == 0
@@ -344,6 +362,8 @@ def test_a_pruned_student_is_named_by_its_teacher_and_has_its_licence(pruned: Pa
     assert said["base"] == {"model": teacher.model, "revision": None, "layers": read(student / "pruned_layers.json")}
     assert said["license"] == {"license": "apache-2.0"}
     assert (out / "model" / "LICENSE").read_text() == "all yours"
+    text = (out / "README.md").read_text()
+    assert "the adapter is for the cut student, which is not in this folder" in text and "plain peft the adapter" not in text
     front = yaml.safe_load((out / "model" / "README.md").read_text().split("---\n")[1])
     assert (front["base_model"], front["license"], front["library_name"]) == (teacher.model, "apache-2.0", "transformers")
 
@@ -360,8 +380,58 @@ def test_the_card_says_where_it_comes_from_and_how_it_scores(swept: SweepConfig,
     front = yaml.safe_load(text.split("---\n")[1])
     assert front["license"] == "unknown" and {"lora", "llm-neo"} <= set(front["tags"])
     scores = read(exported["dora"] / "export.json")["scores"]
-    assert f"| report_ce | {scores['report_ce']['before']:.6f} | {scores['report_ce']['after']:.6f} |" in text
+    trial, merged = (f"{scores['select_ce'][when]:.6f}" for when in ("before", "after"))
+    record = {r.id: r for r in load_records(swept.folder)}[IDS["dora"]]
+    assert f"| select_ce | {record.details['baseline']['select_ce']:.6f} | {trial} | {merged} |" in text
+    assert hashlib.sha256((swept.folder / "sweep.yaml").read_bytes()).hexdigest() in text
+    assert f"python -m neo_ray.export {swept.folder} --trial {IDS['dora']} --dtype fp32" in text
+    assert "plain peft the adapter" in text
     assert "| variant | dora |" in text and "python -m neo_ray.sweep trial.yaml" in text
+
+
+def test_the_card_has_the_benchmarks_and_what_the_sweep_found() -> None:
+    details = {"suite": "own v3", "suite_limit": 5, "baseline": {"select_ce": 5.0, "suite": 0.25, "suite_a": 0.25}}
+    record = TrialRecord(id="0003", metrics={"select_ce": 4.0, "suite": 0.5, "suite_a": 0.5}, details=details)
+    alone = loading.validate({"name": "x", "student": {"model": "m"}, "data": {"source": "d"}, "method": "lora"})
+    found = [{"verdict": "supported", "claim": "rank 64 is best"}]
+    facts = {"sweep": "x", "sweep_sha256": "00", "guidelines": found, "scores": {}, "tolerance": 1e-3, "dtype": "fp32"}
+    facts |= {
+        "results": "s3://some where/x",
+        "trial_dtype": "float32",
+        "license": {"license": "mit"},
+        "base": {"model": "m", "layers": None},
+    }
+    text = card(record, alone, facts)
+    assert "own v3, the first 5 items of each task" in text and "| suite_a | 0.250000 | 0.500000 |" in text
+    assert "- rank 64 is best (supported)" in text
+    assert "`python -m neo_ray.export 's3://some where/x' --trial 0003 --dtype fp32`" in text
+
+
+def test_an_export_says_what_the_sweep_found_and_asks_for_no_benchmarks(
+    tiny_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_suite(tmp_path / "own", passages(make_tokenizer(), 12))
+    asked = {"evaluation": {"points": 2, "max_tokens": 900, "suite": str(tmp_path / "own")}, "scheduler": {"name": "none"}}
+    config = make_sweep(tiny_world, tmp_path, objective={"metric": "suite_next_words"}, **asked)
+    run_trials(config, {"0000": {"rank": 4}})
+    right = {"trials/0000": 1.0, f"{ASKED}/own-3-0/all/student": 0.0}
+    for name, value in right.items():
+        found = scores.SuiteScores("own v3", None, {"next_words": [value] * 40})
+        scores.save(found, config.folder / name)
+    for path in config.folder.glob(f"{ASKED}/*/all/student/{ITEMS}"):
+        if path.parts[-4] != "own-3-0":
+            path.unlink()
+    shutil.rmtree(tmp_path / "own")
+    monkeypatch.setattr("neo_ray.harness.open_suite", None)
+    capsys.readouterr()
+    assert main([str(config.folder)]) == 0, capsys.readouterr().err
+    out = config.folder / "export" / "0000"
+    (found,) = read(out / "export.json")["guidelines"]
+    assert found["verdict"] == "supported" and found["claim"].startswith(
+        "On own v3 trial 0000 is better than the untrained student"
+    )
+    assert f"## What the sweep found\n\n- {found['claim']} (supported)" in (out / "README.md").read_text()
+    assert loading.load(out / "trial.yaml").evaluation.suite == str(tmp_path / "own")
 
 
 @pytest.mark.parametrize(

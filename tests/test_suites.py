@@ -16,7 +16,9 @@ import torch.multiprocessing as mp
 from lm_eval import evaluator
 from tiny import SUITE, World, make_suite, passages
 
-from neo_ray import bench_step, continuations, harness, models, suites
+from neo_ray import bench_step, continuations, devices, harness, models, suites, wordings
+from neo_ray.records import Stop
+from neo_ray.scores import SuiteScores
 from neo_ray.settings import ConfigError
 
 CPU = torch.device("cpu")
@@ -49,7 +51,7 @@ def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     datasets.config.HF_DATASETS_CACHE = before
 
 
-def ask(opened: harness.Opened, folder: Path, **how: Any) -> harness.SuiteScores:
+def ask(opened: harness.Opened, folder: Path, **how: Any) -> SuiteScores:
     model, tokenizer = models.load_model(str(folder), torch.float32), models.load_tokenizer(str(folder))
     return harness.ask(opened, model, tokenizer, len(tokenizer), CPU, torch.float32, **how)
 
@@ -65,7 +67,7 @@ def test_two_askings_agree_and_a_limit_takes_the_first_items(opened: harness.Ope
 
 
 def test_the_average_is_over_benchmarks_not_items() -> None:
-    scores = harness.SuiteScores("two v1", None, {"long": [1.0] * 3 + [0.0], "short": [0.0, 1.0]})
+    scores = SuiteScores("two v1", None, {"long": [1.0] * 3 + [0.0], "short": [0.0, 1.0]})
     assert scores.average == pytest.approx((0.75 + 0.5) / 2)
     long, short = np.std([1, 1, 1, 0], ddof=1) / 2, np.std([0, 1], ddof=1) / np.sqrt(2)
     assert scores.error == pytest.approx(np.hypot(long, short) / 2)
@@ -115,6 +117,8 @@ def test_sharded_over_two_workers_equals_unsharded(
 
 def _worker(rank: int, world_size: int, meeting: str, ready: Path, folder: Path, results: Any) -> None:
     torch.set_num_threads(1)
+    if rank == 1:  # one of them has less memory, and halves its batch without the other
+        harness._Asked.__call__ = _no_more_than_two(harness._Asked.__call__, [])  # type: ignore[method-assign]
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
     results.put(ask(harness.open_suite(ready, world_size=world_size), folder))
     dist.barrier()
@@ -149,13 +153,23 @@ def test_a_task_whose_data_are_away_is_refused_before_any_model_is_asked(own: Pa
         harness.open_suite(ready)
 
 
+def test_a_suite_that_was_made_elsewhere_is_asked_where_it_is(own: Path, tiny_world: World, tmp_path: Path) -> None:
+    """It is brought to nodes that have no folder of the driver's."""
+    made = suites.make_ready(str(own), tmp_path / "driver")
+    wanted = ask(harness.open_suite(made), tiny_world.student, limit=3)
+    made.rename(tmp_path / "node")
+    assert ask(harness.open_suite(tmp_path / "node"), tiny_world.student, limit=3) == wanted
+
+
 def test_more_workers_than_items_are_refused(ready: Path) -> None:
     with pytest.raises(ConfigError, match="next_words has 1 items for 2 workers"):
         harness.open_suite(ready, limit=1, world_size=2)
 
 
 def test_a_name_that_is_no_suite_is_guessed() -> None:
-    with pytest.raises(ConfigError, match=r"quickstat is no suite \(did you mean `quickstart`\?\); allowed: neo10, quickstart"):
+    with pytest.raises(
+        ConfigError, match=r"quickstat is no suite \(did you mean `quickstart`\?\); allowed: neo-math, neo10, quickstart"
+    ):
         suites.find("quickstat")
 
 
@@ -190,6 +204,28 @@ def test_an_item_goes_on_where_its_passage_does() -> None:
     assert json.dumps(items) == json.dumps(continuations.make_items([*PASSAGES, *PASSAGES, "Too short."]))
 
 
+WORDY = "It is as if a {0} is as it was in a {1} or so to me. It ends."
+WORDS = ["house", "river", "stone", "plant", "light", "paper", "table", "chair", "cloud", "field"]
+
+
+def test_a_wording_is_a_sentence_of_its_passage_and_the_others_have_two_words_or_one_changed() -> None:
+    texts = [WORDY.format(word, WORDS[number - 1]) for number, word in enumerate(WORDS)]
+    orders, words = (make(texts, None) for make in (wordings.order_items, wordings.word_items))
+    for items in (orders, words):
+        assert len(items) == len(texts) and len({item["gold"] for item in items}) > 1
+        for item in items:
+            right = item["choices"][item["gold"]]
+            assert any(text.startswith(f"{item['context']} {right} It ends") for text in texts)
+            assert len(set(item["choices"])) == 4 and len({len(choice) for choice in item["choices"]}) == 1
+    for item in orders:
+        assert len({tuple(sorted(choice.split())) for choice in item["choices"]}) == 1
+    for item in words:
+        right, *wrong = sorted(item["choices"], key=lambda choice: choice != item["choices"][item["gold"]])
+        for choice in wrong:
+            assert sum(a != b for a, b in zip(right.split(), choice.split(), strict=True)) == 1
+    assert wordings.order_items(list(reversed(texts)), 4) == orders[:4]
+
+
 def test_the_process_group_of_one_changes_nothing(opened: harness.Opened, tiny_world: World) -> None:
     alone = ask(opened, tiny_world.student, limit=5)
     with bench_step.process_group(CPU):
@@ -199,22 +235,40 @@ def test_the_process_group_of_one_changes_nothing(opened: harness.Opened, tiny_w
 def test_out_of_memory_halves_the_batch_and_changes_nothing(
     opened: harness.Opened, tiny_world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted, original, sizes = ask(opened, tiny_world.teacher), harness._Asked.__call__, []
+    wanted, sizes = ask(opened, tiny_world.teacher), list[int]()
+    monkeypatch.setattr(harness._Asked, "__call__", _no_more_than_two(harness._Asked.__call__, sizes))
+    assert ask(opened, tiny_world.teacher, batch_size=8) == wanted
+    assert sizes[:3] == [8, 4, 2] and set(sizes[2:]) <= {1, 2}
 
+
+def _no_more_than_two(original: Any, sizes: list[int]) -> Any:
     def small(self: Any, input_ids_BL: torch.Tensor) -> Any:
         sizes.append(len(input_ids_BL))
         if len(input_ids_BL) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(self, input_ids_BL)
 
-    monkeypatch.setattr(harness._Asked, "__call__", small)
-    assert ask(opened, tiny_world.teacher, batch_size=8) == wanted
-    assert sizes[:3] == [8, 4, 2] and set(sizes[2:]) <= {1, 2}
+    return small
+
+
+def test_a_suite_that_does_not_fit_is_no_fault_of_the_micro_batch(
+    opened: harness.Opened, tiny_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from neo_ray.faults import smaller_may_fit
+
+    def none(self: Any, input_ids_BL: torch.Tensor) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(harness._Asked, "__call__", none)
+    with pytest.raises(harness.NoRoomForSuite, match="evaluation.batch_size 4 does not fit") as raised:
+        ask(opened, tiny_world.student, limit=3)
+    assert devices.is_out_of_memory(raised.value) and not smaller_may_fit(raised.value)
+    assert smaller_may_fit(torch.OutOfMemoryError("CUDA out of memory")) and not smaller_may_fit(RuntimeError("else"))
 
 
 def test_each_forward_pass_is_a_sign_of_life(opened: harness.Opened, tiny_world: World) -> None:
     signs: list[None] = []
-    ask(opened, tiny_world.student, limit=4, batch_size=4, alive=lambda: signs.append(None))
+    ask(opened, tiny_world.student, limit=4, batch_size=4, should_stop=lambda: signs.append(None) or Stop.NO)
     assert len(signs) == 3  # 4 items of 3 choices
 
 
@@ -229,3 +283,17 @@ def test_written_answers_of_a_model_that_is_cut_are_refused(tiny_world: World, t
     assert harness.open_suite(ready, world_size=2) and harness.open_suite(ready, is_cut=True)
     with pytest.raises(ConfigError, match=r"next_words has answers written, .* ZeRO-3"):
         harness.open_suite(ready, world_size=2, is_cut=True)
+
+
+def test_a_data_set_of_the_hub_that_cannot_be_had_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "suite.yaml").write_text(
+        f"name: own\nversion: 1\ntasks: {suites.SHIPPED}/neo-math\nbenchmarks: {{svamp: {{metric: acc}}}}\n"
+    )
+    with pytest.raises(ConfigError, match=r"own v1: svamp cannot be loaded \(.*MU-NLPC/Calc-svamp"):
+        harness.open_suite(suites.make_ready(str(tmp_path / "own"), tmp_path / "cache"))
