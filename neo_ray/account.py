@@ -73,6 +73,10 @@ def account(events: Iterable[dict[str, Any]], records: Sequence[TrialRecord]) ->
 def account_line(found: Account) -> str | None:
     """What the teacher read, in a sentence; None where it read nothing and nothing was read of it."""
     trials = f"{found.num_trials} trial{'s' if found.num_trials != 1 else ''}"
+    if found.spared_tokens and not found.store_tokens:
+        return (
+            f"What the teacher read for stored targets is not told here; live it would have been {found.spared_tokens:,} tokens."
+        )
     if found.spared_tokens:
         alive = f", and {found.teacher_tokens:,} in trials without it" if found.teacher_tokens else ""
         live = f"; live it would have been {found.spared_tokens + found.teacher_tokens:,}"

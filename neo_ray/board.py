@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import collections
 import time
+from collections.abc import Mapping
 from typing import Any
 
-from neo_ray.records import Stop
+from neo_ray.records import Stop, log_name
 from neo_ray.settings import TrialConfig
 
 Job = dict[str, Any]
 Item = dict[str, Any]
+NAMESPACE = "neo_ray"
 MAX_PREEMPTIONS = 100  # of one trial: nodes that come and go are no fault of it, but something ends all of them
 MAX_PASSED_OVER = 3  # a trial at the front of the queue waits for at most so many others
 PATIENCE_SECONDS = 20.0  # a question to the board is answered at least this often, so that nobody waits past a time-out
@@ -25,14 +27,19 @@ def kind_of(trial: TrialConfig) -> str:
 class Board:
     """Trials wait here for a slot, slots report here, Tune's trials and the driver listen here. Made an actor by the tuner."""
 
-    def __init__(self, max_failures: int) -> None:
+    def __init__(self, max_failures: int, failures: Mapping[str, int] | None = None) -> None:
+        """`failures`: how often trials have failed under earlier drivers."""
         self.max_failures = max_failures
         self.queue: collections.deque[str] = collections.deque()
         self.jobs: dict[str, Job] = {}
         self.items: dict[str, list[Item]] = {}
         self.log: list[Item] = []
-        self.failures: collections.Counter[str] = collections.Counter()
+        """What happened to any trial, and which slot took it."""
+        self.failures: collections.Counter[str] = collections.Counter(failures)
         self.preemptions: collections.Counter[str] = collections.Counter()
+        self.num_well = 0
+        self.well_before: dict[str, int] = {}
+        """Trial that storage failed → how many others had come through by then."""
         self.passed_over: collections.Counter[str] = collections.Counter()
         self.queued: dict[str, float] = {}
         self.waited: collections.defaultdict[str, float] = collections.defaultdict(float)  # seconds
@@ -40,19 +47,37 @@ class Board:
         self.leaving: dict[int, str] = {}
         self.in_slot: dict[int, str] = {}
         self.slots: set[int] = set()
-        self.ended: dict[int, int] = {}
+        self.ended: collections.Counter[int] = collections.Counter()
+        """Slot → how many trials its workers have brought to their end."""
         self.hung: set[int] = set()
-        self.abandoned: dict[str, str] = {}
-        self.cancelled: set[str] = set()
+        self.told: collections.Counter[str] = collections.Counter()
+        """Trial → how many of its items Tune has taken: where a relay goes on that follows one that died."""
+        self.cancelled: dict[str, float] = {}
+        """Trial → Unix time of the scheduler's word."""
         self.closed = False
         self.changed = asyncio.Condition()
 
-    async def submit(self, trial: str, job: Job) -> None:
-        """A Tune trial asks for a slot. Tune may move it to another of its actors while the first one comes up: asked once."""
+    async def submit(self, trial: str, job: Job) -> list[Item]:
+        """A Tune trial asks for a slot. Tune may move it to another of its actors, or begin one anew that died: asked once.
+
+        Returns what Tune was told of it before.
+        """
         async with self.changed:
             if trial not in self.jobs:
                 self.jobs[trial], self.items[trial] = job, []
                 self._enqueue(trial, first=False)
+            return self.items[trial][: self.told[trial]]
+
+    async def orphan(self, trial: str, why: str) -> None:
+        """Tune has given a trial up whose relay died again and again. In its slot it goes on, and Tune does not hear of it.
+
+        Where no relay came so far as to ask for a slot, the trial has failed.
+        """
+        async with self.changed:
+            if trial not in self.jobs:
+                self.jobs[trial], self.items[trial] = {}, []
+                self._end(trial, {"state": "FAILED", "cause": "error", "error": why})
+                self.changed.notify_all()
 
     async def begin(self, slot: int) -> None:
         """A slot's workers are about to be started."""
@@ -90,18 +115,23 @@ class Board:
             while self.queue and slot not in self.leaving:
                 trial = self._next(kind)
                 if trial in self.cancelled:
-                    self._end(slot, trial, {"state": "PRUNED"})
+                    self._end(trial, {"state": "PRUNED"})
                     continue
                 if not self.closed:
                     self.in_slot[slot] = trial
                     self.waited[trial] += time.time() - self.queued[trial]
+                    self.log.append({"trial": trial, "at": time.time(), "kind": "taken", "slot": slot})
+                    self.changed.notify_all()
                     return trial, self.jobs[trial]
             return ("closed", None) if self.closed or slot in self.leaving else ("", None)
 
     async def report(self, trial: str, row: dict[str, Any]) -> None:
+        """An evaluation. A trial that goes on from its checkpoint reports those before again: the first time counts."""
         async with self.changed:
-            self._add(trial, {"kind": "report", "row": row})
-            self.changed.notify_all()
+            known = (item["row"]["rung"] for item in self.items[trial] if item["kind"] == "report")
+            if row["rung"] not in known:
+                self._add(trial, {"kind": "report", "row": row})
+                self.changed.notify_all()
 
     async def when_stopped(self, trial: str) -> Stop:
         """How a trial is to stop, as soon as it is to; NO when it left its slot, or after a while, to be asked again."""
@@ -123,7 +153,11 @@ class Board:
         async with self.changed:
             if self._leave(slot, trial):
                 end["details"] = {**end.get("details", {}), "waited_seconds": self.waited[trial]}
-                self._end(slot, trial, end)
+                if end["state"] == "PRUNED" and trial in self.cancelled:
+                    end["details"]["stop_seconds"] = time.time() - self.cancelled[trial]
+                self.ended[slot] += 1
+                self.num_well += end["state"] in ("COMPLETE", "PRUNED")
+                self._end(trial, end)
                 self.changed.notify_all()
 
     async def using(self, trial: str, micro_batch_size: int) -> None:
@@ -136,14 +170,12 @@ class Board:
             if self._leave(slot, trial):
                 self._halve(trial, message)
 
-    async def cancel(self, trial: str, abandoned: str | None = None) -> None:
-        """The scheduler stopped a trial: its slot sees it between two steps. `abandoned`: it was no decision but a fault."""
+    async def cancel(self, trial: str) -> None:
+        """The scheduler stopped a trial: its slot sees it between two steps."""
         async with self.changed:
-            if abandoned is not None:
-                self.abandoned[trial] = abandoned
-            elif trial not in self.cancelled and not any(item["kind"] == "end" for item in self.items.get(trial, ())):
+            if trial not in self.cancelled and not any(item["kind"] == "end" for item in self.items.get(trial, ())):
                 self._add(trial, {"kind": "stop"})
-            self.cancelled.add(trial)
+            self.cancelled.setdefault(trial, time.time())
             self.changed.notify_all()
 
     async def hang(self, slot: int) -> None:
@@ -156,10 +188,28 @@ class Board:
             if self._leave(slot, trial):
                 self._enqueue(trial)
 
+    async def set_back(self, slot: int, trial: str, message: str) -> None:
+        """Storage failed under a trial: it goes on from its last checkpoint, once the others have been tried.
+
+        That counts as its failure only where others came through since it last happened: else storage fails them all, and the
+        slots end before any trial does.
+        """
+        async with self.changed:
+            if self._leave(slot, trial):
+                before = self.well_before.get(trial, self.num_well)
+                self.well_before[trial] = self.num_well
+                self.failures[trial] += before != self.num_well
+                if self.failures[trial] > self.max_failures:
+                    error = f"storage failed it again and again, and others not; the last time: {message}"
+                    self._end(trial, {"state": "FAILED", "cause": "storage", "error": error, "details": {"log": log_name(trial)}})
+                    self.changed.notify_all()
+                else:
+                    self._put_back(trial, message, "storage", first=False)
+
     async def slot_lost(self, slot: int, message: str, cause: str) -> tuple[str | None, int]:
         """A slot's workers died: its trial goes to the front of the queue, to resume, a bounded number of times.
 
-        Returns the trial, and how many trials ended in this slot so far.
+        Returns the trial, and how many trials this slot has brought to their end so far.
         """
         async with self.changed:
             trial = self.in_slot.pop(slot, None)
@@ -168,7 +218,7 @@ class Board:
                 cause = "hung"
             if trial is not None:
                 self._return(slot, trial, message, cause)
-            return trial, self.ended.get(slot, 0)
+            return trial, self.ended[slot]
 
     def _return(self, slot: int, trial: str, message: str, cause: str) -> None:
         if cause == "out_of_memory" and self.jobs[trial].get("micro_batch_size", 1) > 1:
@@ -178,14 +228,15 @@ class Board:
         counted[trial] += 1
         if counted[trial] > most:
             error = f"its worker died {counted[trial]} times; the last time: {message}"
-            self._end(slot, trial, {"state": "FAILED", "cause": cause, "error": error})
+            self._end(trial, {"state": "FAILED", "cause": cause, "error": error, "details": {"log": log_name(trial)}})
             self.changed.notify_all()
         else:
             self._put_back(trial, message, cause)
 
     async def items_after(self, trial: str, seen: int) -> list[Item]:
-        """What happened to a trial beyond the `seen` first items; empty after a while, to be asked again."""
+        """What happened to a trial beyond the `seen` items that Tune has taken; empty after a while, to be asked again."""
         async with self.changed:
+            self.told[trial] = max(self.told[trial], seen)
             await self._wait(lambda: len(self.items.get(trial, ())) > seen)
             return self.items.get(trial, [])[seen:]
 
@@ -222,9 +273,9 @@ class Board:
         (self.queue.appendleft if first else self.queue.append)(trial)
         self.changed.notify_all()
 
-    def _put_back(self, trial: str, message: str, cause: str) -> None:
+    def _put_back(self, trial: str, message: str, cause: str, first: bool = True) -> None:
         self._add(trial, {"kind": "attempt", "message": message, "cause": cause})
-        self._enqueue(trial)
+        self._enqueue(trial, first)
 
     def _leave(self, slot: int, trial: str) -> bool:
         """The trial leaves its slot; False where it is not there any more, since several ranks may say the same."""
@@ -233,10 +284,7 @@ class Board:
             del self.in_slot[slot]
         return held
 
-    def _end(self, slot: int, trial: str, end: dict[str, Any]) -> None:
-        if end["state"] == "PRUNED" and trial in self.abandoned:
-            end = {**end, "state": "FAILED", "cause": "error", "error": self.abandoned[trial]}
-        self.ended[slot] = self.ended.get(slot, 0) + 1
+    def _end(self, trial: str, end: dict[str, Any]) -> None:
         self._add(trial, {"kind": "end", **end})
 
     def _halve(self, trial: str, message: str) -> None:

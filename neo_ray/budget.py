@@ -27,14 +27,15 @@ def hours_of(events: Iterable[dict[str, Any]], phase: str | None = None) -> floa
 
 def spending(budget: BudgetConfig, records: Iterable[TrialRecord], hours: float) -> dict[str, tuple[float, float]]:
     """What is limited → (spent, limit)."""
-    records = list(records)
+    limits = {name: limit for name, limit in budget if limit is not None}
+    records = list(records) if limits else []  # each proposal asks
     spent = {
         "trials": len(records),
         "tokens": sum(record.tokens for record in records),
         "accelerator_hours": sum(record.accelerator_seconds for record in records) / 3600,
         "hours": hours,
     }
-    return {name: (value, limit) for name, value in spent.items() if (limit := getattr(budget, name)) is not None}
+    return {name: (spent[name], limit) for name, limit in limits.items()}
 
 
 def exhausted(budget: BudgetConfig, records: Iterable[TrialRecord], hours: float, resuming: bool = False) -> str | None:

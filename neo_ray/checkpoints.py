@@ -54,11 +54,15 @@ def save(folder: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) 
     """
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f".part-{uuid.uuid4().hex[:8]}"
-    part.mkdir()
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part / "trained.safetensors")
-    (part / "state.json").write_text(json.dumps(state))
-    for path in (part / "trained.safetensors", part / "state.json", part):
-        _sync(path)
+    try:
+        part.mkdir()
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part / "trained.safetensors")
+        (part / "state.json").write_text(json.dumps(state))
+        for path in (part / "trained.safetensors", part / "state.json", part):
+            _sync(path)
+    except BaseException:  # on a full disk, half of a checkpoint is room that the next attempt has not
+        shutil.rmtree(part, ignore_errors=True)
+        raise
     target = folder / f"step-{state['step']:08d}"
     if target.exists():  # the same step again, after a crash between writing and reporting
         shutil.rmtree(target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from neo_ray.config import ResourcesConfig
@@ -20,7 +22,8 @@ from neo_ray.settings import ConfigError
 
 HEAD = {"node:__internal_head__": 0.001}  # every cluster has it: light processes sit there and take no worker's CPU
 
-
+HEAD_BYTES_OF_SLOT = int(0.8e9)
+"""Of the processes that Tune and Train keep on the head for each slot, their own share of memory (docs/scale.md)."""
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
 """`ray up` leaves the cluster's file on its head: which nodes there are, and how many may come."""
 DEVICE_BYTES = {"T4": 16e9, "V100": 32e9, "L4": 24e9, "A10G": 24e9, "L40S": 48e9, "A100": 80e9, "H100": 80e9, "H200": 141e9}
@@ -37,6 +40,7 @@ class Node:
     """Host memory; 0 where it is not known."""
     accelerator: str | None = None
     """Ray's name of the accelerator's type."""
+    head: bool = False
 
     def workers(self, resources: ResourcesConfig) -> int:
         """How many workers fit; none where another accelerator was asked for."""
@@ -73,6 +77,31 @@ class Capacity:
         return text
 
 
+STARTS = 3
+TOO_SLOW = ("timed out during startup", "Failed to start the dashboard")
+"""In Ray's words."""
+
+
+def _start_here(**how: Any) -> None:
+    """A Ray of this machine alone. It gives its own processes 30 to 60 s, which a busy one may exceed: it is begun anew."""
+    import ray
+
+    for left in reversed(range(STARTS)):
+        before = set(psutil.Process().children(recursive=True))
+        try:
+            ray.init(**how)
+            return
+        except Exception as error:  # Ray raises no other kind there
+            if not any(words in str(error) for words in TOO_SLOW):
+                raise
+            ray.shutdown()
+            for process in set(psutil.Process().children(recursive=True)) - before:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            if not left:
+                raise ConfigError(f"Ray did not start here in its time, {STARTS} times: other processes keep it busy") from None
+
+
 def connect(resources: ResourcesConfig) -> Capacity:
     """Start Ray on this machine, or connect to `resources.address`; an initialised Ray is used as it is.
 
@@ -95,7 +124,7 @@ def connect(resources: ResourcesConfig) -> Capacity:
             if resources.address:
                 ray.init(address=resources.address, namespace="neo_ray", **quiet)
             else:
-                ray.init(include_dashboard=True, dashboard_host="127.0.0.1", namespace="neo_ray", **quiet)
+                _start_here(include_dashboard=True, dashboard_host="127.0.0.1", namespace="neo_ray", **quiet)
         except (ConnectionError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(f"resources.address: no Ray cluster answers at {resources.address!r} ({reason})") from None
@@ -185,10 +214,18 @@ def places(resources: ResourcesConfig, capacity: Capacity, worker_bytes: int) ->
         return resources.concurrency
     free = resources.model_copy(update={"concurrency": "auto"})
     try:
-        fits = fit_memory(free, capacity, worker_bytes, concurrency(free, capacity))
+        fits = fit_head(free, capacity, fit_memory(free, capacity, worker_bytes, concurrency(free, capacity)))
     except ConfigError:
         return 0
     return fits if resources.concurrency == "auto" else min(fits, resources.concurrency)
+
+
+def fit_head(resources: ResourcesConfig, capacity: Capacity, slots: int) -> int:
+    """Slots whose processes the head has memory for: fewer than `slots` where their number was left to us."""
+    head = next((node for node in capacity.nodes if node.head and node.memory_bytes), None)
+    if head is None or resources.concurrency != "auto" or not resources.memory_check:
+        return slots
+    return min(slots, max(1, int(head.memory_bytes // HEAD_BYTES_OF_SLOT)))
 
 
 def fit_memory(resources: ResourcesConfig, capacity: Capacity, worker_bytes: int, slots: int) -> int:
@@ -246,7 +283,7 @@ def _kind(offered: dict[str, Any]) -> Node:
     """A node from Ray's names of what it offers."""
     types = [name.removeprefix("accelerator_type:") for name in offered if name.startswith("accelerator_type:")]
     cpus, gpus, memory_bytes = (float(offered.get(name, 0)) for name in ("CPU", "GPU", "memory"))
-    return Node(cpus, gpus, memory_bytes, types[0] if types else None)
+    return Node(cpus, gpus, memory_bytes, types[0] if types else None, next(iter(HEAD)) in offered)
 
 
 def _whole_trials(resources: ResourcesConfig, workers_of_nodes: Iterable[int]) -> int:

@@ -104,9 +104,20 @@ class DataConfig(Section):
         return self
 
 
+WHERE_IT_RUNS = (
+    "runs on a machine of the cluster. There: auto, or host:port of the head (6379 as a rule); from outside: "
+    "`ray job submit --address http://<head>:8265 -- python -m neo_ray.sweep …`, or `ray exec cluster.yaml '…'`"
+)
+
+
+def _kind_of_address(address: str) -> str:
+    kinds = {"ray": "a Ray client's server", "http": "a job server", "https": "a job server"}
+    return kinds.get(address.partition("://")[0], "no Ray cluster")
+
+
 class ResourcesConfig(Section):
     address: str | None = None
-    """Ray address (`auto`, `ray://…`); null starts Ray on this machine."""
+    """Of a Ray cluster, from one of its machines: `auto`, or `host:port` of its head; null starts Ray on this machine."""
     workers_per_trial: int = Field(1, ge=1)
     """Data-parallel workers of one trial."""
     gpus_per_worker: float = Field(0, ge=0)
@@ -125,9 +136,21 @@ class ResourcesConfig(Section):
     memory_check: bool = True
     """Refuse trials that take more memory than there is, by the plan's estimate."""
     max_failures: int = Field(2, ge=0)
-    """How often a trial whose worker died is put back, from its last checkpoint."""
+    """How often a trial whose worker died is put back, from its last checkpoint; so with a shard of stored targets."""
     silence_minutes: float = Field(30, gt=0)
-    """A trial without an optimizer step for so long is hung: its workers are replaced."""
+    """A trial without an optimizer step, or a builder of stored targets without a token, for so long is hung: its workers are
+    replaced. Loading may take four times that."""
+
+    tflops: float | None = Field(None, gt=0)
+    """TFLOP/s that a device reaches in training, for the times of `--dry-run` until trials have finished; null: 40 % of the peak
+    of `accelerator_type`, where that is named."""
+
+    @field_validator("address")
+    @classmethod
+    def _of_a_cluster(cls, value: str | None) -> str | None:
+        if value is not None and is_url(value):
+            raise ValueError(f"{value} is the address of {_kind_of_address(value)}, and a sweep's driver {WHERE_IT_RUNS}")
+        return value
 
     @field_validator("concurrency")
     @classmethod
@@ -187,7 +210,8 @@ class StorageConfig(Section):
     path: str = "results"
     """Results go to `<path>/<name>`; on a cluster a folder that all nodes see, or a URL of an object store (`s3://…`)."""
     cache: str = "~/.cache/neo_ray"
-    """Tokenised data, pruned students, downloads; shared by sweeps. On a cluster a folder that all nodes see."""
+    """Tokenised data, pruned students, downloads, the teacher's targets; shared by sweeps. On a cluster a folder that all nodes
+    see, or a URL of an object store: the driver's machine makes them under `storage.scratch`, the others bring what they need."""
     scratch: str | None = None
     """A folder on each node's own disk for copies of what object stores hold; variables (`$TMPDIR/x`) are the node's. null: under
     the system's folder for temporary files."""
@@ -201,18 +225,44 @@ class StorageConfig(Section):
             raise ValueError("must be a database URL, e.g. postgresql://host/studies or sqlite:////shared/study.db")
         return value
 
-    @field_validator("path")
+    @field_validator("path", "cache")
     @classmethod
     def _a_place(cls, value: str) -> str:
         return _known(value)
 
-    @field_validator("cache")
+
+class WandbConfig(Section):
+    project: str = "neo_ray"
+    """Where its runs go."""
+    entity: str | None = None
+    """User or team; null is the account's own."""
+    mode: Literal["online", "offline"] = "online"
+    """`offline` writes into the results folder, for `wandb sync`; not where `storage.path` is an object store."""
+
+
+class MlflowConfig(Section):
+    tracking_uri: str | None = None
+    """A server's URL, without a password in it, or `sqlite:////path/mlflow.db`; null is MLFLOW_TRACKING_URI. A folder is refused
+    by MLflow 3 unless MLFLOW_ALLOW_FILE_STORE is true."""
+    experiment: str | None = None
+    """null is the sweep's name."""
+
+    @field_validator("tracking_uri")
     @classmethod
-    def _a_folder(cls, value: str) -> str:
-        """A URL would become a local folder of this name: libraries read models and data with the means of a disk."""
-        if is_url(value):
-            raise ValueError("must be a folder, not a URL; on a cluster one that all nodes see, e.g. a mounted bucket")
+    def _no_secret(cls, value: str | None) -> str | None:
+        if value is not None and re.match(r"[a-z][a-z0-9+]*://[^/@]*:[^/@]*@", value):
+            raise ValueError("holds a password; give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment")
         return value
+
+
+class LoggingConfig(Section):
+    tensorboard: bool = True
+    """Event files in `trials/<id>/tensorboard`: `tensorboard --logdir results/<name>/trials`."""
+    wandb: WandbConfig | None = None
+    """A run of Weights & Biases for each trial (the package wandb); the key is WANDB_API_KEY of the environment, or `wandb
+    login`'s."""
+    mlflow: MlflowConfig | None = None
+    """A run of MLflow for each trial (the package mlflow)."""
 
 
 class Axis(Section):
@@ -291,6 +341,7 @@ class SweepConfig(TrialConfig):
     objective: ObjectiveConfig = ObjectiveConfig()
     storage: StorageConfig = StorageConfig()
     targets: TargetsConfig = TargetsConfig()
+    logging: LoggingConfig = LoggingConfig()
 
     @model_validator(mode="after")
     def _fits_together(self) -> SweepConfig:
@@ -317,9 +368,14 @@ class SweepConfig(TrialConfig):
         return self.results if isinstance(self.results, Path) else self.results.here
 
     @property
+    def shared_cache(self) -> Folder:
+        return at(self.storage.cache, self.storage.scratch)
+
+    @property
     def cache(self) -> Path:
-        return Path(self.storage.cache).expanduser()
+        """Where this machine makes what is shared: the cache itself, or a folder whose contents go to an object store."""
+        return self.shared_cache if isinstance(self.shared_cache, Path) else self.shared_cache.here
 
     @property
     def targets_folder(self) -> Folder:
-        return at(self.targets.path, self.storage.scratch) if self.targets.path else self.cache / "targets"
+        return at(self.targets.path, self.storage.scratch) if self.targets.path else self.shared_cache / "targets"

@@ -150,6 +150,7 @@ def map_large_blocks(device: torch.device) -> None:
 
 def reset_peak_memory(device: torch.device) -> None:
     """Begin a new peak, so that a trial's memory is its own and not that of an earlier trial on the same worker."""
+    _EARLIER.pop(device, None)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -161,6 +162,25 @@ def reset_peak_memory(device: torch.device) -> None:
 
 def peak_memory_bytes(device: torch.device) -> int:
     """Peak since the last reset: allocated device memory on a GPU, resident memory of the process on a CPU."""
+    return max(_EARLIER.get(device, 0), _peak_now(device))
+
+
+@contextmanager
+def uncounted_memory(device: torch.device) -> Iterator[None]:
+    """What is taken within it is no part of the peak."""
+    earlier = peak_memory_bytes(device)
+    try:
+        yield
+    finally:
+        reset_peak_memory(device)
+        _EARLIER[device] = earlier
+
+
+_EARLIER: dict[torch.device, int] = {}
+"""The peak before what was not counted."""
+
+
+def _peak_now(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")

@@ -36,15 +36,27 @@ def end(failures: tuple[type[Exception], ...] = (), interrupted: str = GOES_ON, 
         found.code = _said(error, MISTAKEN)
     except failures as error:
         found.code = _said(error, FAILED)
-    except BrokenPipeError:  # `… | head`
-        sys.stderr.close()
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            sys.stderr.close()
+            return
         logging.getLogger("neo_ray").info("the command ends here", exc_info=True)  # where there is a log
         where = f"{error.filename}: " if error.filename else ""
         found.code = _said(f"{where}{error.strerror or error}", out_of_reach)
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         found.code = INTERRUPTED
+
+
+def _reader_left() -> bool:
+    """Is it standard output that nobody reads any more, as of `… | head`? A broken pipe may be any other."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return True
+    except (OSError, ValueError):
+        pass
+    return False
 
 
 def _said(text: object, code: int) -> int:

@@ -12,7 +12,20 @@ from typing import Any
 
 import psutil
 
-PACKAGES = ("neo_ray", "ray", "torch", "transformers", "peft", "deepspeed", "datasets", "optuna", "accelerate", "numpy", "pandas")
+PACKAGES = (
+    "neo_ray",
+    "ray",
+    "torch",
+    "transformers",
+    "peft",
+    "deepspeed",
+    "datasets",
+    "optuna",
+    "accelerate",
+    "lm_eval",
+    "numpy",
+    "pandas",
+)
 
 
 def environment() -> dict[str, Any]:
@@ -23,7 +36,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
-        "git_revision": _revision(),
+        "git_revision": _revision(Path(__file__).resolve().parent),
         "packages": {name: _version(name) for name in PACKAGES},
     }
 
@@ -35,12 +48,13 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _revision() -> str | None:
-    """The checkout's commit; `-changed` when its tracked files differ from it."""
-    here = Path(__file__).resolve().parent
+def _revision(here: Path) -> str | None:
+    """The checkout's commit; `-changed` when its tracked files differ from it, measured figures aside: they run nothing, and a
+    benchmark's are written before the next one begins."""
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True, timeout=10)
-        changed = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=here, capture_output=True, timeout=10).returncode
+        but_figures = ["--", ":/", ":(top,exclude)docs/benchmarks"]
+        changed = subprocess.run(["git", "diff", "--quiet", "HEAD", *but_figures], cwd=here, capture_output=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit.stdout.strip() + ("-changed" if changed else "")
+    return commit.stdout.strip() + ("-changed" if changed.returncode else "")

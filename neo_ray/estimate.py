@@ -11,12 +11,16 @@ from neo_ray import inventory
 from neo_ray.assets import PREFIX, is_quickstart
 from neo_ray.config import SweepConfig
 from neo_ray.inventory import Stored
-from neo_ray.records import load_records
-from neo_ray.settings import ConfigError
+from neo_ray.memory import FP32, compute_bytes
+from neo_ray.records import TrialRecord, load_records
+from neo_ray.settings import ConfigError, TrialConfig
 from neo_ray.shapes import ModelShape
+from neo_ray.storage import NoRoom, Remote, check_room, scratch_folder
 from neo_ray.supply import SHARD_BYTES, Supply, bytes_of_row
 
 BYTES_PER_TOKEN = 4  # of English text under a vocabulary of 32,000 or more
+SUITE_TOKENS = 512
+"""Of a sequence of a suite. Assumption: few items of benchmarks without shots are longer, and those are asked first."""
 
 Certainty = Literal["exact", "at most", "about"]
 
@@ -32,18 +36,32 @@ class Reading:
     num_bytes: int | None
     """Of the store, if every token is scored; None where the width of a row is not known."""
     bytes_there: int
-    """Of them, in a store of this cache that names the same models, data and mode: it may be the same."""
+    """Of them, in a store of this cache that names the same models, data and mode, or in this machine's copy of one in an object
+    store, which may name others: it may be the same."""
     tokens_per_second: float | None
     """Of this teacher, when it last filled a store of this cache."""
+    is_there: bool = False
+    """Is one of those in this cache without a gap? One in an object store is not looked at."""
 
     @property
     def seconds(self) -> float | None:
         return None if self.tokens_per_second is None else self.num_tokens / self.tokens_per_second
 
     def check_room(self, config: SweepConfig) -> None:
-        """Raises ConfigError where the disk of the stores has less free than this one still takes."""
-        if self.num_bytes is not None and isinstance(config.targets_folder, Path):
-            inventory.check_room(config.targets_folder, self.num_bytes - self.bytes_there, f"{self.are} ")
+        """Raises ConfigError where the disk of the stores has less free than this one still takes.
+
+        Of one in an object store each node keeps a copy: this machine is asked about it where the trials run here.
+        """
+        place = config.targets_folder
+        if self.num_bytes is None:
+            return
+        if isinstance(place, Path):
+            inventory.check_room(place, self.num_bytes - self.bytes_there, f"{self.are} ")
+        elif config.resources.address is None:
+            try:
+                check_room(scratch_folder(config.storage.scratch), self.num_bytes - self.bytes_there)
+            except NoRoom as error:
+                raise ConfigError(f"{error}, or targets.mode=live") from None
 
 
 def reading_of(
@@ -69,9 +87,14 @@ def reading_of(
         are.add(found[1])
     place = config.targets_folder
     stores = inventory.stores_within(place) if isinstance(place, Path) else []
-    there = max((stored.num_bytes for stored in stores if _has_the_names(stored, config, supply)), default=0)
+    same = [stored for stored in stores if _has_the_names(stored, config, supply)]
+    there = max((stored.num_bytes for stored in same), default=0)
+    if isinstance(place, Remote):
+        there = max(map(inventory.bytes_in, place.copies()), default=0)
     size = None if row is None else row * tokens + head_bytes
-    return Reading(tokens, "about" if "about" in are else "at most", size, min(there, size or 0), _last_speed(stores, config))
+    is_whole = any(stored.facts.get("shards") and not stored.absent for stored in same)
+    sure: Certainty = "about" if "about" in are else "at most"
+    return Reading(tokens, sure, size, min(there, size or 0), _last_speed(stores, config), is_whole)
 
 
 def tokens_of_split(config: SweepConfig, split: str) -> tuple[int, Certainty] | None:
@@ -90,11 +113,30 @@ def tokens_of_split(config: SweepConfig, split: str) -> tuple[int, Certainty] | 
 
 def seconds_of_trial(config: SweepConfig) -> tuple[float, int] | None:
     """Mean seconds × devices of the COMPLETE trials in the sweep's own folder, and how many there are; None without any."""
+    return _mean([record.accelerator_seconds for record in _complete(config)])
+
+
+def seconds_of_suite(config: SweepConfig) -> tuple[float, int] | None:
+    """Mean seconds that those trials were asked benchmarks at their end, and how many there are; None without any."""
+    return _mean([record.details.get("suite_seconds") for record in _complete(config)])
+
+
+def suite_bytes(config: SweepConfig, trial: TrialConfig, student: ModelShape) -> int:
+    """Of a batch of benchmarks beside the models: what the head says in the compute dtype, in fp32, and its logarithms."""
+    tokens = config.evaluation.batch_size * SUITE_TOKENS
+    return tokens * student.vocab_size * (compute_bytes(config, trial) + 2 * FP32)
+
+
+def _complete(config: SweepConfig) -> list[TrialRecord]:
     try:
         records = load_records(config.folder)
     except (ValueError, OSError):
-        return None
-    took = [record.accelerator_seconds for record in records if record.state == "COMPLETE" and record.accelerator_seconds]
+        return []
+    return [record for record in records if record.state == "COMPLETE"]
+
+
+def _mean(values: list[float | None]) -> tuple[float, int] | None:
+    took = [value for value in values if value]
     return (sum(took) / len(took), len(took)) if took else None
 
 

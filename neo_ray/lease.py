@@ -36,24 +36,28 @@ class LeaseLost(RuntimeError):
 def lease(folder: Folder, silence_seconds: float = SILENCE_SECONDS) -> Iterator[threading.Event]:
     """Hold `<folder>/lease.json`. A dead process on this host or silence is taken over; a living driver is refused.
 
-    Gives an event that is set when another driver took the lease (this one was thought dead): write nothing more. The main
-    thread is interrupted then.
+    Gives an event that is set when another driver took the lease (this one was thought dead): write nothing more. Where the
+    main thread holds it, that is interrupted then.
 
     Raises:
         Held: another driver is at work.
-        LeaseLost: in place of that interrupt.
+        LeaseLost: in place of that interrupt, or at the end of another thread, which nothing interrupts.
     """
     held, nonce = _place(folder), uuid.uuid4().hex
     while not held.create(nonce):
         held.set_aside(refuse_if_held(folder, silence_seconds))
     ended, lost = threading.Event(), threading.Event()
-    thread = threading.Thread(target=_beat, args=(held, nonce, ended, lost), daemon=True)
+    taken = LeaseLost(f"another driver took {folder} over, as this one was thought dead")
+    in_main = threading.current_thread() is threading.main_thread()
+    thread = threading.Thread(target=_beat, args=(held, nonce, ended, lost, in_main), daemon=True)
     thread.start()
     try:
         yield lost
+        if lost.is_set() and not in_main:
+            raise taken
     except KeyboardInterrupt:
         if lost.is_set():
-            raise LeaseLost(f"another driver took {folder} over, as this one was thought dead") from None
+            raise taken from None
         raise
     finally:
         ended.set()
@@ -221,14 +225,15 @@ def _dead_here(held: dict[str, Any]) -> bool:
         return True
 
 
-def _beat(place: _OnDisk | _InObjects, nonce: str, ended: threading.Event, lost: threading.Event) -> None:
+def _beat(place: _OnDisk | _InObjects, nonce: str, ended: threading.Event, lost: threading.Event, in_main: bool) -> None:
     """A sign of life every few seconds. Storage may fail for a while: the lease is lost only to another driver."""
     while not ended.wait(HEARTBEAT_SECONDS):
         try:
             held = place.read()
             if held is not None and held.get("nonce") != nonce:
                 lost.set()
-                _thread.interrupt_main()
+                if in_main:
+                    _thread.interrupt_main()
                 return
             place.renew(nonce)
         except Exception as error:

@@ -102,6 +102,7 @@ def memory_per_worker(config: SweepConfig, trial: TrialConfig, teacher: ModelSha
     trained_bytes = FP32 if size == FP32 else FP32 + BF16
     layer = student.layer_parameters * (size if trial.has_adapter else FP32)
     head = student.vocab_size * student.hidden_size * (FP32 if _trains_head(trial) else size)
+    # A layer at a time comes in whole, and beside it the head, which stays for all micro-batches of a step (`placement.in_full`).
     gathered = layer + head if shards[3] > 1 or trial.deepspeed.offload_parameters != "none" else 0
     bits, on_gpu = config.student.quantization, config.resources.gpus_per_worker > 0
     places = (trial.deepspeed.offload_optimizer, trial.deepspeed.offload_parameters)
@@ -111,7 +112,7 @@ def memory_per_worker(config: SweepConfig, trial: TrialConfig, teacher: ModelSha
             0 if elsewhere[1] else _frozen_bytes(student, size, bits) if frozen and bits != "none" else frozen * size // shards[3]
         )
         + gathered,
-        "teacher": _teacher_bytes(config, teacher, size) if teacher else 0,
+        "teacher": _teacher_bytes(config, trial, teacher, size) if teacher else 0,
         "trained weights": trained * trained_bytes // shards[3],
         "gradients": trained * FP32 // shards[2],
         "optimizer": 0 if elsewhere[0] else trained * (2 * FP32 + (FP32 if stage else 0)) // shards[1],
@@ -137,14 +138,17 @@ def _frozen_bytes(shape: ModelShape, size: int, quantization: str) -> int:
     return (shape.num_parameters - linear) * size + linear * {"8bit": 16, "4bit": 9}[quantization] // 16
 
 
-def _teacher_bytes(config: SweepConfig, shape: ModelShape, size: int) -> int:
-    """Shared out, a worker has its share and the layer that is at work, or the head."""
-    placement = config.teacher.placement if config.teacher else "replicated"
+def _teacher_bytes(config: SweepConfig, trial: TrialConfig, shape: ModelShape, size: int) -> int:
+    """Shared out, a worker has its share and the layer that is at work, or the head; both, where a step has several
+    micro-batches, over which the head stays (`placement.in_full`)."""
+    placement, workers = config.teacher.placement if config.teacher else "replicated", config.resources.workers_per_trial
     if placement == "replicated":
         return _frozen_bytes(shape, size, config.teacher.quantization if config.teacher else "none")
-    share = shape.num_parameters // config.resources.workers_per_trial
+    share = shape.num_parameters // workers
     share = 0 if placement == "offloaded" and config.resources.gpus_per_worker else share
-    return (share + max(shape.layer_parameters, shape.vocab_size * shape.hidden_size)) * size
+    layer, head = shape.layer_parameters, shape.vocab_size * shape.hidden_size
+    accumulates = workers * trial.training.micro_batch(workers) < trial.training.batch_size
+    return (share + (layer + head if accumulates else max(layer, head))) * size
 
 
 def update_bytes(trained: int, stage: int, on_gpu: bool) -> int:

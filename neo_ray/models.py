@@ -8,9 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import inspect
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +24,6 @@ from neo_ray.config import Quantization
 from neo_ray.local import locate_model
 from neo_ray.quickstart import without_progress_bars
 from neo_ray.settings import ConfigError
-from neo_ray.shapes import cached_snapshot
 
 PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
 """Special tokens that stand for padding in published tokenizers, the clearest first (Llama 3.1, SmolLM2 and Qwen, Llama 2)."""
@@ -158,34 +155,6 @@ def check_weights(model: str, where: str) -> None:
             raise ConfigError(f"{where}: {shard} is no whole safetensors file ({str(error).splitlines()[0]})") from None
 
 
-def identity(model: str, revision: str | None) -> str:
-    """What the weights are: a digest of a local folder, the commit of a hub model that is in the cache, else its name."""
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return weights_digest(folder, [])
-    snapshot = cached_snapshot(model, revision)
-    return f"{model}@{snapshot.name if snapshot else revision or 'main'}"
-
-
-def weights_digest(source: Path, choice: list[Any]) -> str:
-    """Identifies source and choice wherever the source lies.
-
-    assumption: files of one size that agree in 64 evenly spaced blocks (the first holds the header) hold the same weights;
-    hashing all of 16 GB would take a minute.
-    """
-    digest = hashlib.sha256(json.dumps(choice).encode() + (source / "config.json").read_bytes())
-    for code in sorted(source.glob("*.py")):  # with trust_remote_code the model is what it says
-        digest.update(code.read_bytes())
-    for shard in sorted(source.glob("*.safetensors")):
-        size_bytes = shard.stat().st_size
-        digest.update(f"{shard.name} {size_bytes}".encode())
-        with open(shard, "rb") as file:
-            for block in range(64):
-                file.seek(size_bytes * block // 64)
-                digest.update(file.read(1 << 16))
-    return digest.hexdigest()[:16]
-
-
 @dataclass(frozen=True)
 class Head:
     """What turns the last hidden state into logits: z = cap·tanh(scale·(W h + b) / cap)."""
@@ -254,6 +223,16 @@ def head_layer(model: Any) -> Any:
     """The module that makes the logits: the copy that peft trains (`modules_to_save`), where there is one."""
     layer = model.get_output_embeddings()
     return layer.modules_to_save[layer.active_adapters[0]] if hasattr(layer, "modules_to_save") else layer
+
+
+def head_names(model: Any) -> tuple[str, ...]:
+    """Full names of the layers that hold the head's weights: the head, and an embedding that is tied to it."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None:  # refused once it is loaded
+        return ()
+    tied = head.weight is embedding.weight or getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    layers = (head, embedding) if tied else (head,)
+    return tuple(name for name, module in model.named_modules() if any(module is layer for layer in layers))
 
 
 def output_head(model: Any) -> Head:

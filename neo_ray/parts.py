@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +17,7 @@ from neo_ray import devices, models, placement
 from neo_ray.config import Placement, Quantization
 from neo_ray.data import TokenData, open_data
 from neo_ray.settings import TrialConfig
-from neo_ray.storage import Folder, at
+from neo_ray.storage import RECORD, Damaged, Folder, Remote, at, bring_folder, recorded
 from neo_ray.stores import Recipe, Store, open_store
 
 ASKED = ("teacher_tokens", "target_rows", "spared_tokens")
@@ -48,6 +51,38 @@ class TargetSource:
 
 
 @dataclass(frozen=True)
+class SharedCache:
+    """An object store in which folders of the driver's cache stand under the same names."""
+
+    url: str
+    scratch: str | None
+    """The setting `storage.scratch`."""
+    root: str
+    """The driver's own folder."""
+    records: dict[str, str]
+    """Name of a folder → the record of its files: as they were handed over, whatever comes to stand there."""
+
+    def bring(self, path: str | None) -> str | None:
+        """A folder of the cache on this machine, brought once; another path as it is.
+
+        Raises:
+            Damaged: it is not what was handed over, or not there. It has lost its record, so that it is uploaded again.
+        """
+        name = str(Path(path).relative_to(self.root)) if path and Path(path).is_relative_to(self.root) else ""
+        if name not in self.records:
+            return path
+        place = Remote(self.url, self.scratch)
+        try:
+            bring_folder(place / name, place.here / name, self.records[name])
+        except Damaged:
+            with suppress(PermissionError):
+                if recorded(place / name) == self.records[name]:
+                    (place / name / RECORD).remove()
+            raise
+        return str(place.here / name)
+
+
+@dataclass(frozen=True)
 class Sources:
     """Where the parts come from: paths that every worker can read. Plain data, sent to workers once."""
 
@@ -62,6 +97,8 @@ class Sources:
     """Where there is one, no worker loads the teacher."""
     suite: str | None = None
     """Folder of a suite of benchmarks, as `suites.make_ready` made it."""
+    shared: SharedCache | None = None
+    """Where other machines bring these folders from."""
 
 
 @dataclass
@@ -103,8 +140,23 @@ def shape_of(trial: TrialConfig, device: torch.device) -> tuple[Any, ...]:
     return (trial.has_adapter, str(dtype), reusable)
 
 
+def placed(sources: Sources, where: Callable[[str | None], str | None]) -> Sources:
+    """The sources with each of their folders put through `where`."""
+    student, teacher = (source and replace(source, path=str(where(source.path))) for source in (sources.student, sources.teacher))
+    assert student is not None
+    return replace(sources, data=str(where(sources.data)), suite=where(sources.suite), student=student, teacher=teacher)
+
+
+def received(sources: Sources) -> Sources:
+    """The sources with the folders of this machine."""
+    if sources.shared is None:
+        return sources
+    return replace(placed(sources, sources.shared.bring), shared=None)
+
+
 def load_parts(sources: Sources, trial: TrialConfig, device: torch.device) -> Parts:
     """Load what trials of this shape need. A student trained in full is loaded in fp32: its weights are the master copy."""
+    sources = received(sources)
     dtype = devices.resolve_dtype(trial.training.dtype, device)
     student = load_source(sources.student, dtype if trial.has_adapter else devices.FP32, device, "student.model")
     data, teacher, store = open_data(sources.data), None, None

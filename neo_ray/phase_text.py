@@ -7,6 +7,7 @@ from typing import Any
 from neo_ray.config import SweepConfig
 from neo_ray.confirmed import confirmed, phase_counts, samplers_of
 from neo_ray.evidence import Evidence, for_laws, number, with_unit
+from neo_ray.scores import called
 
 
 def how_line(sweep: SweepConfig) -> str:
@@ -34,21 +35,22 @@ def confirmed_lines(evidence: Evidence) -> list[str]:
         return []
     setting = _setting_text(found.params)
     seeds = f"{len(found.seeds)} fresh seeds ({', '.join(map(str, found.seeds))})"
+    label = called(found.metric, evidence.records)
     value = with_unit(number(found.value), found.metric)
     lines = [
         f"Of {found.num_settings} settings that ran again with {seeds}, the best is {setting}"
-        f"{', the reference itself' if found.is_reference else ''}: {found.metric} {value} on average"
+        f"{', the reference itself' if found.is_reference else ''}: {label} {value} on average"
     ]
     if found.gain is not None and found.interval is not None:
         low, high = (number(end, 3) for end in found.interval)
         settled = "does not settle it" if found.interval[0] <= 0 <= found.interval[1] else "settles it"
         gain = with_unit(number(found.gain, 3), found.metric)
         lines.append(
-            f"Its gain over the reference ({found.metric} {number(found.reference)}) is {gain}, seed by "
+            f"Its gain over the reference ({label} {number(found.reference)}) is {gain}, seed by "
             f"seed; the 95 % interval {low} to {high}, corrected for the choice among {found.num_settings - 1}, {settled}"
         )
     if found.metric == evidence.metric:
-        lines.append(f"{found.metric} has no report split: it judges by the items that it chose by, and only the seeds are fresh")
+        lines.append(f"{label} has no report split: it judges by the items that it chose by, and only the seeds are fresh")
     if found.left_out:
         others = "; ".join(f"{_setting_text(params)} (has {len(seeds)})" for params, seeds in found.left_out)
         lines.append(f"Not among them, as it diverged or is not COMPLETE with all {len(found.seeds)} of these seeds: {others}")

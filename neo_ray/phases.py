@@ -136,6 +136,9 @@ def _phase(config: SweepConfig, whole: Space, name: str, before: tuple[str, ...]
         own["seed"] = config.seed if section.seed is None else section.seed
     if name == "map":
         own["search"] = _axes_of_map(config, whole)
+    if config.evaluation.suite_at == "confirm":
+        none = {} if name == "confirm" else {"suite": None, "suite_limit": None}
+        own["evaluation"] = config.evaluation.model_copy(update={"suite_at": "end", **none})
     mine = config.model_copy(update=own)
     with at_its_path(name):
         phase = Phase(name, mine, build_space(mine), before)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,9 @@ from torch import nn
 from neo_ray import devices
 from neo_ray.config import Placement
 from neo_ray.settings import ConfigError, DeepSpeedConfig
+
+HELD = "held"
+"""In the place of the number of a module that is at work."""
 
 
 def offload_sections(deepspeed: DeepSpeedConfig, model: nn.Module, swap: str | None) -> dict[str, Any]:
@@ -75,14 +78,30 @@ def place(model: nn.Module, wanted: Placement, device: torch.device) -> None:
     torch.nn.functional.linear = linear
 
 
+def head_of(model: Any) -> list[Any]:
+    """The parameters of a model's output head; none without a model."""
+    return list(model.get_output_embeddings().parameters()) if model is not None else []
+
+
 @contextmanager
-def head_in_full(model: Any) -> Iterator[None]:
-    """The output head's weights outside of a forward pass, where the model was shared out; every worker enters."""
-    shared = [p for p in model.get_output_embeddings().parameters() if hasattr(p, "ds_id")] if model is not None else []
-    if not shared:
+def in_full(parameters: Iterable[Any]) -> Iterator[None]:
+    """Frozen parameters that ZeRO-3 has cut, gathered once and whole until the end; every worker enters.
+
+    They stay whole while modules that have them are called, too, as an embedding that is tied to the head is: ZeRO-3 releases
+    what no module is at work with, and here one is said to be. The end has to come before the optimizer's step, which cuts all.
+    Those that are held already are left to whoever holds them.
+    """
+    cut = [p for p in parameters if hasattr(p, "ds_id") and HELD not in p.ds_active_sub_modules]
+    if not cut:
         yield
         return
     from deepspeed.runtime.zero import GatheredParameters
 
-    with GatheredParameters(shared):
-        yield
+    with GatheredParameters(cut):
+        for parameter in cut:
+            parameter.ds_active_sub_modules.add(HELD)
+        try:
+            yield
+        finally:
+            for parameter in cut:
+                parameter.ds_active_sub_modules.discard(HELD)

@@ -15,6 +15,7 @@ from neo_ray.config import SweepConfig
 from neo_ray.estimate import Certainty, Reading, reading_of, tokens_of_split
 from neo_ray.memory import CHUNK_BYTES, RUNTIME_BYTES, compute_bytes, memory_per_worker
 from neo_ray.phases import Phase, phases_of
+from neo_ray.price import Price, price_of
 from neo_ray.settings import TrainingConfig, TrialConfig
 from neo_ray.shapes import ModelShape, cached_snapshot, model_shapes
 from neo_ray.space import LENGTHS, Space, build_space
@@ -58,6 +59,27 @@ class Plan:
     writes: tuple[str, ...]
     downloads: tuple[str, ...]
     warnings: tuple[str, ...]
+    suite_seconds: tuple[float, int] | None = None
+    """Mean seconds of asking benchmarks at the end of so many trials of this sweep; None before the first."""
+    suite_bytes: int | None = None
+    """Of a worker that asks them, beside the models; None without a suite, or where the student's shape is not known."""
+    price: Price | None = None
+    """What a trial computes; None where the shape of a model or the size of the data is not known."""
+
+    @property
+    def seconds_a_trial(self) -> float | None:
+        """× devices: as the trials so far took, else by arithmetic, of the one that computes the most."""
+        if self.seconds_of_trial is not None:
+            return self.seconds_of_trial[0]
+        return self.price.seconds(self.price.trial) if self.price else None
+
+    @property
+    def seconds_of_all(self) -> float | None:
+        """Of all trials; by arithmetic with the store, where it is not there yet."""
+        if self.seconds_a_trial is None:
+            return None
+        store = self.price.seconds(self.price.store) if self.price and self.seconds_of_trial is None else None
+        return self.num_trials * self.seconds_a_trial + (store or 0.0)
 
     @property
     def tokens_of_all(self) -> int | None:
@@ -94,7 +116,8 @@ def make_plan(
     space = build_space(config)
     teacher, student = model_shapes(config)
     supply = supply or choose(config, space)
-    largest, memory, least = _largest_trial(config, space, teacher, student, supply)
+    trials = _corners(config, space)
+    largest, memory, least = _largest_trial(config, trials, teacher, student, supply)
     tokens, certainty = _tokens(config, space, prepared)
     phases, reading = phases_of(config), reading_of(config, supply, teacher, student, memory.get("teacher", 0))
     num_trials = sum(phase.most() for phase in phases)
@@ -118,6 +141,9 @@ def make_plan(
         writes=tuple(_writes(config)),
         downloads=tuple(_downloads(config, teacher, student)),
         warnings=(*cautions(config, space, overrides), *_not_fitting(config, memory), *estimate.notes(config, reading, at_most)),
+        suite_seconds=estimate.seconds_of_suite(config),
+        suite_bytes=estimate.suite_bytes(config, largest, student) if config.evaluation.suite and student else None,
+        price=price_of(config, trials, tokens[1], teacher, student, supply, reading) if tokens and student and memory else None,
     )
 
 
@@ -180,16 +206,8 @@ def _estimated_tokens(config: SweepConfig) -> int | None:
     return found[0] if found else None
 
 
-def _largest_trial(
-    config: SweepConfig, space: Space, teacher: ModelShape | None, student: ModelShape | None, supply: Supply
-) -> tuple[TrialConfig, dict[str, int], int]:
-    """The corner of the space that needs the most memory, and what it needs: as set, and at least.
-
-    Ignores which values go together.
-    """
-    base = config.trial
-    if student is None or (config.teacher is not None and teacher is None):
-        return base, {}, 0
+def _corners(config: SweepConfig, space: Space) -> list[TrialConfig]:
+    """Trials of which one needs the most memory, and one computes the most. Ignores which values go together."""
     alternatives = (
         "method",
         "target_modules",
@@ -207,7 +225,15 @@ def _largest_trial(
     growing = ("rank", "batch_size", "kd_ratio", "alignment_weight", "packing")
     options |= {name: [max(space.reach(name))] for name in growing if space.setters(name)}
     corners = [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
-    trials = [space.trial_config(corner, base) for corner in corners]
+    return [space.trial_config(corner, config.trial) for corner in corners]
+
+
+def _largest_trial(
+    config: SweepConfig, trials: list[TrialConfig], teacher: ModelShape | None, student: ModelShape | None, supply: Supply
+) -> tuple[TrialConfig, dict[str, int], int]:
+    """Of these the one that needs the most memory, and what it needs: as set, and at least."""
+    if student is None or (config.teacher is not None and teacher is None):
+        return config.trial, {}, 0
     needs = [_needs(config, trial, teacher, student, supply) for trial in trials]
     largest = max(range(len(trials)), key=lambda i: sum(needs[i].values()))
     smaller = [trial.model_copy(update={"training": _one_at_a_time(trial.training)}) for trial in trials]

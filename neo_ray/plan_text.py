@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from neo_ray.budget import amount
 from neo_ray.config import SweepConfig
+from neo_ray.estimate import SUITE_TOKENS
 from neo_ray.memory import adapter_parameters
 from neo_ray.phases import Phase
 from neo_ray.plan import Plan, ends, size_text, time_text
 from neo_ray.searching import SchedulerConfig
 from neo_ray.shapes import ModelShape
+from neo_ray.storage import free_bytes, scratch_folder
 from neo_ray.supply import bytes_of_row
 from neo_ray.trials import MODELLING, fixed_settings
 
@@ -28,9 +32,11 @@ def render(plan: Plan) -> str:
         ("objectives", _objectives(config)),
         ("at once", [plan.concurrency]),
         ("tokens", [_tokens_text(plan), *_price(plan)]),
+        ("time", _computing(plan)),
         ("budget", _budget(config)),
         ("targets", _targets(plan)),
         ("memory", _memory(plan)),
+        ("suite", _suite(plan)),
         ("writes", list(plan.writes)),
         ("downloads", list(plan.downloads) or ["nothing"]),
     ]
@@ -142,15 +148,42 @@ def _tokens_text(plan: Plan) -> str:
 def _price(plan: Plan) -> list[str]:
     if plan.tokens_of_all is None:
         return []
-    known = plan.seconds_of_trial
-    time = f"as the {known[1]} trials so far took" if known else "their time is known once the first have finished"
-    return [f"at most {plan.tokens_of_all:,} in all trials{_time(plan, plan.num_trials)}{', ' if known else '; '}{time}"]
+    text, known, seconds = f"at most {plan.tokens_of_all:,} in all trials", plan.seconds_of_trial, plan.seconds_of_all
+    if seconds is None:
+        return [f"{text}; their time is known once the first have finished"]
+    store = " with the store" if known is None and plan.price and plan.price.store else ""
+    source = f"as the {known[1]} trials so far took" if known else "by arithmetic"
+    return [f"{text}; about {time_text(seconds)} of one device{store}, {source}"]
+
+
+def _computing(plan: Plan) -> list[str]:
+    """What a trial computes; and how long that takes, while no trial has told."""
+    price = plan.price
+    if price is None:
+        return []
+    parts = [f"student {flop_text(price.student)}"]
+    if price.teacher:
+        alive = "alive" if plan.supply.mode == "live" else "its head alone"
+        parts.append(f"teacher ({alive}) {flop_text(price.teacher)}")
+    seen = "not known before the data is prepared" if price.evaluation is None else flop_text(price.evaluation)
+    text = f"the trial that computes most: about {flop_text(price.trial)}, of which {', '.join(parts)}, evaluation {seen}"
+    held_out = ", teacher's held-out text" if plan.supply.mode == "live" and plan.teacher else ""
+    beside = [f"{flop_text(price.slot)} once a slot (untrained student{held_out})"] if price.slot else []
+    unless = ", unless it is there" if plan.reading and plan.reading.bytes_there else ""
+    beside += [f"{flop_text(price.store)} for the store, once{unless}"] if price.store else []
+    lines = [text, *([f"beside the trials: {'; '.join(beside)}"] if beside else [])]
+    if plan.seconds_of_trial is not None:
+        return lines
+    if price.rate is None:
+        return [*lines, "how long that takes is measured on the first trials; resources.tflops says it before"]
+    once = f", and {time_text(price.seconds(price.store) or 0.0)} for the store" if price.store else ""
+    return [*lines, f"about {time_text(price.seconds(price.trial) or 0.0)} of one device a trial{once}, {price.rate.source}"]
 
 
 def _time(plan: Plan, num_trials: int) -> str:
     """Of so many trials on one device after another."""
-    known = plan.seconds_of_trial
-    return f"; about {time_text(num_trials * known[0])} of one device" if known else ""
+    seconds = plan.seconds_a_trial
+    return f"; about {time_text(num_trials * seconds)} of one device" if seconds is not None else ""
 
 
 def _objectives(config: SweepConfig) -> list[str]:
@@ -171,7 +204,7 @@ def _targets(plan: Plan) -> list[str]:
         return [f"the teacher runs in every trial: {supply.why}"]
     row = bytes_of_row(supply, plan.teacher, plan.student)
     size = f", {row:,} bytes a labelled token" if row else ""
-    return [f"the teacher runs once for all trials ({supply.mode}{size}): {supply.why}", _reading(plan)]
+    return [f"the teacher runs once for all trials ({supply.mode}{size}): {supply.why}", _reading(plan), *_copies(plan.config)]
 
 
 def _reading(plan: Plan) -> str:
@@ -188,6 +221,17 @@ def _reading(plan: Plan) -> str:
     return text
 
 
+def _copies(config: SweepConfig) -> list[str]:
+    """Where a store in an object store takes room beside that."""
+    if isinstance(config.targets_folder, Path):
+        return []
+    scratch = config.storage.scratch
+    if config.resources.address is not None:
+        return [f"each node keeps a copy of it in {scratch or 'its folder for temporary files'} (storage.scratch)"]
+    folder = scratch_folder(scratch)
+    return [f"a copy of it is kept in {folder} (storage.scratch), where {size_text(free_bytes(folder))} are free"]
+
+
 def _memory(plan: Plan) -> list[str]:
     if not plan.memory_bytes:
         return ["not known: the size of a model is not known from here"]
@@ -198,3 +242,33 @@ def _memory(plan: Plan) -> list[str]:
     setting = ", ".join(f"{name} {value}" for name, value in values.items())
     rows = [f"  {size_text(size):>8}  {name}" for name, size in plan.memory_bytes.items() if size]
     return [f"about {size_text(plan.total_memory_bytes)} a worker in the largest trial ({setting})", *rows]
+
+
+def _suite(plan: Plan) -> list[str]:
+    """Which benchmarks are asked when, what that takes; nothing without any."""
+    settings, known = plan.config.evaluation, plan.suite_seconds
+    if settings.suite is None:
+        return []
+    some = "all items" if settings.suite_limit is None else f"the first {settings.suite_limit:,} items"
+    times = {
+        "end": "at the end of each complete trial",
+        "rungs": f"the same ones at each of the {settings.points} evaluations of a trial",
+        "confirm": "at the end of the trials of confirm alone",
+    }
+    time = f"about {time_text(known[0])} each time, as with the {known[1]} trials so far" if known else "their time is known then"
+    room = ""
+    if plan.suite_bytes:
+        how = f"{settings.batch_size} sequences of {SUITE_TOKENS} tokens"
+        room = f"; about {size_text(plan.suite_bytes)} a worker beside the models for {how}, and not while it trains"
+    return [
+        f"{settings.suite}: {some} of each task, {times[settings.suite_at]}, and once of the untrained student",
+        f"{time}{room}",
+    ]
+
+
+def flop_text(flop: float) -> str:
+    """`5.2 PFLOP`, `310 TFLOP`."""
+    for name, size in (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12)):
+        if flop >= size:
+            return f"{flop / size:,.3g} {name}"
+    return f"{flop / 1e9:,.3g} GFLOP"

@@ -136,7 +136,7 @@ def _span(axes: Axes, layer: Span) -> None:
 def _bars(axes: Axes, layer: Bars) -> None:
     hatch = {"PRUNED": "//", "FAILED": "xx"}.get(layer.role, "")
     style = {"color": COLOURS[layer.role], "edgecolor": "white", "linewidth": 0.5, "hatch": hatch}
-    axes.barh(layer.y, layer.length, 0.62, left=layer.x, label=layer.name, **style)  # type: ignore[arg-type]
+    axes.barh(layer.y, layer.length, layer.thick, left=layer.x, label=layer.name, **style)  # type: ignore[arg-type]
 
 
 def _texts(axes: Axes, layer: Texts) -> None:

@@ -23,15 +23,24 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from neo_ray.storage import Folder, Remote
 
 State = Literal["RUNNING", "COMPLETE", "PRUNED", "FAILED"]
-Cause = Literal["error", "out_of_memory", "diverged", "preempted", "hung"]
+Cause = Literal["error", "out_of_memory", "diverged", "preempted", "hung", "storage"]
+COUNTED = ("error", "hung")
+"""Causes for which a trial that lost its worker comes back a bounded number of times."""
 
 
+INTERRUPTED = "interrupted"
+"""Cause of an attempt that was lost with its driver, or that Ctrl-C ended."""
 REOPENED: dict[str, Any] = {"state": "RUNNING", "cause": None, "error": None, "ended": None}
 """What another attempt makes of a trial that had ended."""
 
 
 COSTS = ("tokens", "seconds", "accelerator_seconds", "peak_memory_bytes")
 """What a trial took, of a record's own fields."""
+
+
+def log_name(trial: str, rank: int = 0) -> str:
+    """What a worker logged in a trial, below the results folder."""
+    return f"trials/{trial}/rank-{rank}.log"
 
 
 class Stop(IntEnum):
@@ -83,7 +92,7 @@ class TrialRecord(BaseModel):
     """The scheduler stopped it, whether or not its slot has seen it yet."""
     attempts: int = 1
     lost_attempts: list[dict[str, Any]] = []
-    """Why an attempt ended before its trial did: cause and message, one a time. Preempted is not failed."""
+    """Why each attempt but the last ended before its trial did: cause and message. Preempted or interrupted is not failed."""
     details: dict[str, Any] = {}
     """Device, dtype, number of workers, slot, trainable parameters, set-up seconds, log file."""
 
@@ -118,8 +127,9 @@ class Journal:
             (self.remote / "journal" / name).write_text(line)
         return written
 
-    def events(self) -> Iterator[dict[str, Any]]:
-        """All events in the order of writing. A line torn by a crash is passed over; the next append starts a new one."""
+    def events(self, unread: list[Any] | None = None) -> Iterator[dict[str, Any]]:
+        """All events in the order of writing. A line torn by a crash is passed over (into `unread`); the next append starts a
+        new one."""
         if self._append:
             path = Path(self.root) / "journal.jsonl"
             lines: Iterable[bytes] = path.read_bytes().splitlines() if path.exists() else ()
@@ -131,9 +141,11 @@ class Journal:
             event = _parse(line)
             if event is not None and "event" in event and "trial" in event:
                 yield event
+            elif unread is not None and line.strip():
+                unread.append(line)
 
 
-def fold(events: Iterable[dict[str, Any]]) -> list[TrialRecord]:
+def fold(events: Iterable[dict[str, Any]], unread: list[Any] | None = None) -> list[TrialRecord]:
     """The records that a journal's events add up to, in the order the trials began.
 
     A resumed trial reports its earlier rungs again: the first report of a rung counts.
@@ -142,8 +154,9 @@ def fold(events: Iterable[dict[str, Any]]) -> list[TrialRecord]:
     for event in events:
         try:
             apply(records, event)
-        except (KeyError, TypeError, ValueError):
-            continue  # a line from elsewhere hides no trial
+        except (KeyError, TypeError, ValueError):  # a line from elsewhere hides no trial
+            if unread is not None:
+                unread.append(event)
     return list(records.values())
 
 
@@ -158,23 +171,36 @@ def apply(records: dict[str, TrialRecord], event: dict[str, Any]) -> None:
     if record is None:
         return
     if kind == "report":
-        _add_row(record, event["row"])
+        _add_row(record, dict(event["row"]))
     elif kind == "attempt":
         record.attempts += 1
-        if event.get("cause"):
-            record.lost_attempts = [*record.lost_attempts, {"cause": event["cause"], "message": event.get("message")}]
+        cause, message = event.get("cause") or record.cause or INTERRUPTED, event.get("message") or record.error
+        record.lost_attempts = [*record.lost_attempts, {"cause": cause, "message": message}]
         for name, value in REOPENED.items():
             setattr(record, name, value)
     elif kind == "stop":
         record.stopped = True
     elif kind == "end":
-        record.state, record.cause, record.error = event["state"], event.get("cause"), event.get("error")
+        said = _said(
+            event, event.get("metrics"), state=event["state"], **{k: event.get(k) for k in ("cause", "error", "details")}
+        )
+        record.state, record.cause, record.error = said.state, said.cause, said.error
         record.ended = event["time"]
-        record.metrics.update(event.get("metrics") or {})
-        record.details.update(event.get("details") or {})
+        record.metrics.update(said.metrics)
+        record.details.update(said.details)
         for name in ("steps", *COSTS):
-            if event.get(name) is not None:
-                setattr(record, name, max(getattr(record, name), event[name]))
+            setattr(record, name, max(getattr(record, name), getattr(said, name)))
+
+
+def failures(events: Iterable[dict[str, Any]]) -> dict[str, int]:
+    """Trial → how often it has failed so far, of trials that have not ended: under whichever driver."""
+    counts: dict[str, int] = {}
+    for event in events:
+        if event["event"] == "end":
+            counts.pop(event["trial"], None)
+        elif event["event"] == "attempt" and event.get("cause") in COUNTED:
+            counts[event["trial"]] = counts.get(event["trial"], 0) + 1
+    return counts
 
 
 def settle(journal: Journal, events: Iterable[dict[str, Any]]) -> list[TrialRecord]:
@@ -187,28 +213,29 @@ def settle(journal: Journal, events: Iterable[dict[str, Any]]) -> list[TrialReco
     return records
 
 
-def load_records(path: str | Path) -> list[TrialRecord]:
+def load_records(path: str | Path, unread: list[Any] | None = None) -> list[TrialRecord]:
     """The records of a results folder (journal first, else `trials.jsonl`) or of one `trials.jsonl` file.
+
+    What is no event, or no record, is passed over (into `unread`).
 
     Raises:
         ValueError: nothing at that path is a record.
     """
-    path = Path(path).expanduser()
+    path, unread = Path(path).expanduser(), [] if unread is None else unread
     if path.is_dir():
-        records = fold(Journal(path).events())
+        records = fold(Journal(path).events(unread), unread)
         if records:
             return records
         path = path / "trials.jsonl"
     if not path.exists():
         raise ValueError(f"{path}: no such file; a results folder holds journal.jsonl or trials.jsonl")
     records = []
-    for line in path.read_bytes().splitlines():
-        raw = _parse(line)
-        if raw is not None:
-            try:
-                records.append(TrialRecord.model_validate(raw))
-            except ValidationError:
-                continue
+    unread.clear()
+    for line in filter(bytes.strip, path.read_bytes().splitlines()):
+        try:
+            records.append(TrialRecord.model_validate(_parse(line)))
+        except ValidationError:
+            unread.append(line)
     if not records:
         raise ValueError(f"{path}: holds no trial records")
     return records
@@ -244,20 +271,25 @@ def _append_line(path: Path, line: str) -> None:
         os.close(descriptor)
 
 
+def _said(numbers: dict[str, Any], metrics: dict[str, Any] | None, **fields: Any) -> TrialRecord:
+    """What an event says of a trial, in a record's own types; raises ValueError where it is none of its fields."""
+    given = {**{name: numbers.get(name) for name in ("steps", *COSTS)}, **fields, "metrics": metrics or {}}
+    return TrialRecord.model_validate({"id": "", **{k: v for k, v in given.items() if v is not None}})
+
+
 def _add_row(record: TrialRecord, row: dict[str, Any]) -> None:
+    metrics = {k: v for k, v in row.items() if k.startswith(("select_", "report_", "train_", "suite"))}
+    said = _said({**row, "steps": row.get("step")}, metrics)
+    if not isinstance(row["rung"], int):
+        raise ValueError(f"rung {row['rung']!r} is no number of an evaluation")
     if any(old["rung"] == row["rung"] for old in record.curve):
         return
+    row = {**row, **said.metrics}
     record.curve = sorted([*record.curve, row], key=lambda r: r["rung"])
     if record.curve[-1] is row:
-        record.metrics = {k: v for k, v in row.items() if k.startswith(("select_", "report_", "train_", "suite"))}
-    for name, key in (
-        ("tokens", "tokens"),
-        ("steps", "step"),
-        ("seconds", "seconds"),
-        ("peak_memory_bytes", "peak_memory_bytes"),
-    ):
-        setattr(record, name, max(getattr(record, name), row.get(key) or 0))
-    record.accelerator_seconds = max(record.accelerator_seconds, row.get("accelerator_seconds") or 0.0)
+        record.metrics = said.metrics
+    for name in ("steps", *COSTS):
+        setattr(record, name, max(getattr(record, name), getattr(said, name)))
 
 
 def _finite(value: Any) -> Any:
@@ -274,6 +306,8 @@ def _finite(value: Any) -> Any:
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         value = json.loads(line)
-    except (ValueError, UnicodeDecodeError):
+        if b"\\ud" in line.lower():
+            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text that could be written
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

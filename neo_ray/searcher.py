@@ -19,8 +19,11 @@ from neo_ray.phases import Phase, drawn
 from neo_ray.records import TrialRecord
 from neo_ray.settings import ConfigError
 from neo_ray.space import Space
-from neo_ray.trials import Setting
+from neo_ray.trials import Setting, fail_everywhere, setting_key
 from neo_ray.warm import warm_trials
+
+MAX_ASKED = 20
+"""How often a sampler is asked until it proposes a setting that has not failed everywhere; a space may have no other."""
 
 
 class StudySearch(OptunaSearch):
@@ -40,8 +43,14 @@ class StudySearch(OptunaSearch):
         may_begin: Callable[[str | None], bool] = lambda trial: True,
         room: Callable[[], int] = lambda: 10**6,
         phase: Phase | None = None,
+        records: Sequence[TrialRecord] = (),
     ) -> None:
-        """`room`: how many trials may be under way just now. `phase`: of a study, where it has some."""
+        """
+        Args:
+            room: how many trials may be under way just now.
+            phase: of a study, where it has some.
+            records: of the whole sweep: what failed everywhere in it is not tried again.
+        """
         Searcher.__init__(self, metric=config.objective.metric, mode=config.objective.mode)
         self._ot_trials: dict[str, optuna.trial.Trial] = {}
         self._completed_trials: set[str] = set()
@@ -49,6 +58,7 @@ class StudySearch(OptunaSearch):
         self.config, self.space, self.given = config, space, list(given)
         self.next_id, self.on_start, self.may_begin, self.room = next_id, on_start, may_begin, room
         self.phase = phase or Phase(None, config, space)
+        self.records = {record.id: record for record in records}
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
         return True
@@ -65,15 +75,30 @@ class StudySearch(OptunaSearch):
         elif self.phase.only_given:
             return Searcher.FINISHED  # type: ignore[return-value]
         else:
-            ours, seed, asked = self.next_id(), self.config.seed, self.study.ask()
-            params = self.space.define(asked)
+            ours, seed = self.next_id(), self.config.seed
+            asked, params = self._ask()
         for name, value in {"trial": ours, "phase": self.phase.tag}.items():
             asked.set_user_attr(name, value)
         self._ot_trials[trial_id] = asked
+        self.records[ours] = TrialRecord(id=ours, params=params)
         trial = self.space.trial_config(params, self.config.trial)
         trial = trial.model_copy(update={"seed": self.space.seed(params, seed)})
         self.on_start(ours, params, trial.seed)
-        return {"trial": ours, "config": json.dumps(plain(trial))}
+        return {"trial": ours, "config": json.dumps(plain(trial)), "params": params}
+
+    def _ask(self) -> tuple[optuna.trial.Trial, dict[str, Any]]:
+        """What the sampler proposes, but for a setting that has failed everywhere: it is told so, and asked again.
+
+        TPE, which passes over a FAIL, learns from a PRUNED that there is nothing; a study of several objectives takes none.
+        """
+        hopeless, states = fail_everywhere(list(self.records.values())), optuna.trial.TrialState
+        for left in range(MAX_ASKED, 0, -1):
+            asked = self.study.ask()
+            params = self.space.define(asked)
+            if left == 1 or setting_key(params) not in hopeless:
+                break
+            self.study.tell(asked, state=states.FAIL if self.config.objective.further else states.PRUNED)
+        return asked, params
 
     def _given(self, params: dict[str, Any]) -> optuna.trial.Trial:
         """A trial of the study with these params; without any where they lie outside of the space, as a reference may."""
@@ -95,6 +120,9 @@ class StudySearch(OptunaSearch):
         self._completed_trials.add(trial_id)
         result = result or {}
         values: list[Any] = [result.get(objective.metric) for objective in self.config.objective.all]
+        if (state := result.get("state", "PRUNED")) in ("COMPLETE", "PRUNED", "FAILED") and not error:
+            ours = self.records[self._ot_trials[trial_id].user_attrs["trial"]]
+            self.records[ours.id] = ours.model_copy(update={"state": state, "cause": result.get("cause")})
         told = study_state("FAILED" if error else result.get("state", "PRUNED"), result.get("cause"), values)
         self.study.tell(self._ot_trials[trial_id], values if told == optuna.trial.TrialState.COMPLETE else None, state=told)
 

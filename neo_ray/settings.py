@@ -269,10 +269,11 @@ class EvaluationConfig(Section):
     batch_size: int = Field(4, ge=1)
     suite: str | None = None
     """Benchmarks of the LM Evaluation Harness: `quickstart`, `neo10`, a YAML file, or a folder with `suite.yaml` and tasks."""
-    suite_at: Literal["end", "rungs"] = "end"
-    """When the suite is asked: at the end of a complete trial, or at each evaluation and at the end."""
+    suite_at: Literal["end", "rungs", "confirm"] = "end"
+    """When the suite is asked: at the end of a complete trial; at each evaluation, too; or at the end of trials of the phase
+    `confirm` alone."""
     suite_limit: int | None = Field(None, ge=1)
-    """Items of each task, its first ones; all where it is null."""
+    """Items of each task, the same first ones whenever the suite is asked; all where it is null."""
 
     @model_validator(mode="after")
     def _of_a_suite(self) -> EvaluationConfig:

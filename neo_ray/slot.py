@@ -8,7 +8,8 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,18 @@ import ray.train
 import ray.train.torch
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig
 
-from neo_ray import cluster, uploads
-from neo_ray.board import kind_of
+from neo_ray import uploads
+from neo_ray.board import NAMESPACE, kind_of
 from neo_ray.config import ResourcesConfig
-from neo_ray.records import Stop
+from neo_ray.faults import LoadError, StorageFailed, found_damage, of_storage, smaller_may_fit, why_lost
+from neo_ray.records import Stop, log_name
 from neo_ray.settings import TrialConfig
-from neo_ray.storage import Damaged, Folder, at
+from neo_ray.storage import Damaged, Folder, NoRoom, at
 
-NAMESPACE = "neo_ray"
 MEMORY_GROWTH = (1.5, 500e6)  # resident bytes after a trial: what the first of its shape left, by a factor and a term
-MAX_RESTARTS_IN_A_ROW = 3  # workers that die without finishing anything are no passing fault
-
-
-class LoadError(RuntimeError):
-    """What every trial of a slot needs cannot be loaded: no fault of a trial."""
+LOADING = 4  # times the silence that is a hang among steps: weights of a large model come over a network
+MAX_RESTARTS_IN_A_ROW = 3  # workers that die without finishing anything, and not of one trial, are no passing fault
+PAUSES_SECONDS = (0.0, 5.0, 20.0)  # before such restarts: of what lasts, none more is lost than time
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def slot_loop(settings: dict[str, Any]) -> None:
     ray.get(board.joined.remote(job.slot, ray.get_runtime_context().get_node_id()))
     worker = Worker(board, job, rank, device, idle_since=time.time())
     while True:
-        box: list[Any] = [_take(board, job.slot, worker.kind) if rank == 0 else None]
+        box: list[Any] = [ray.get(board.take.remote(job.slot, worker.kind)) if rank == 0 else None]
         dist.broadcast_object_list(box, 0)
         trial_id, data = box[0]
         if trial_id == "closed":
@@ -106,7 +105,6 @@ class Worker:
 
     def run(self, trial_id: str, trial: TrialConfig, smaller: int | None) -> None:
         """Run one trial and tell the board how it ended. `smaller`: the micro-batch after an earlier attempt without memory."""
-        from neo_ray import devices
         from neo_ray.parts import rank_and_world_size, shape_of
 
         world_size = rank_and_world_size()[1]
@@ -117,12 +115,23 @@ class Worker:
         size = min(size, smaller or size)
         trial = trial.model_copy(update={"training": trial.training.model_copy(update={"micro_batch_size": size})})
         self._tell("using", trial_id, size)
+        with logged_to(self.job.here / log_name(trial_id, self.rank)):
+            try:
+                self._run(trial_id, trial, kind, size)
+            finally:
+                names = (f"logs/slot-{self.job.slot}-rank-{self.rank}.log", log_name(trial_id, self.rank))
+                uploads.try_to_publish(self.job.results, *names)
+
+    def _run(self, trial_id: str, trial: TrialConfig, kind: Any, size: int) -> None:
+        from neo_ray import devices
+        from neo_ray.parts import rank_and_world_size, shape_of
+
         log, taken = logging.getLogger("neo_ray"), time.time()
         log.info("trial %s begins: %s", trial_id, trial.model_dump_json())
         try:
             end = self._train(trial_id, trial, taken)
-        except (LoadError, Damaged):
-            log.exception("the models do not load, or the targets are not what was written")
+        except (LoadError, Damaged, NoRoom):
+            log.exception("the models do not load, or the targets are not what was written, or have no room here")
             ray.get(self.board.give_back.remote(self.job.slot, trial_id))  # by whichever rank sees it
             raise
         except Exception as error:
@@ -130,14 +139,18 @@ class Worker:
             self.parts = self.kind = None
             where = traceback.extract_tb(error.__traceback__)[-1]
             message = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
-            if devices.is_out_of_memory(error) and size > 1:
+            if of_storage(error):
+                ray.get(self.board.set_back.remote(self.job.slot, trial_id, message))
+                raise StorageFailed(message) from error  # a slot begins anew, here or where there is room on a disk
+            if size > 1 and smaller_may_fit(error):
                 self.fits[kind] = (size + 1) // 2
                 ray.get(self.board.retry_smaller.remote(self.job.slot, trial_id, message))
             else:
                 cause = "out_of_memory" if devices.is_out_of_memory(error) else "error"
-                end = {"state": "FAILED", "cause": cause, "error": message, "details": {"slot": self.job.slot}}
+                details = {"slot": self.job.slot, "log": log_name(trial_id, self.rank)}
+                end = {"state": "FAILED", "cause": cause, "error": message, "details": details}
                 ray.get(self.board.finish.remote(self.job.slot, trial_id, end))
-            if world_size > 1:  # the other ranks wait in a collective: only a new worker group frees them
+            if rank_and_world_size()[1] > 1:  # the other ranks wait in a collective: only a new worker group frees them
                 raise
             return
         log.info("trial %s ends: %s", trial_id, end)
@@ -159,42 +172,50 @@ class Worker:
 
     def _train(self, trial_id: str, trial: TrialConfig, taken: float) -> dict[str, Any]:
         """The trial's end as the board takes it. Parts that another trial may use are kept."""
-        from neo_ray import devices
-        from neo_ray.parts import load_parts, shape_of
+        from neo_ray.parts import shape_of
         from neo_ray.train import train
 
-        if self.parts is None or self.parts.shape != shape_of(trial, self.device):
-            self.parts = None  # free the old ones before the new ones are loaded, and what a failed trial left
-            gc.collect()
-            devices.free_memory(self.device)
-            try:
-                self.parts = load_parts(self.job.sources, trial, self.device)
-            except Exception as error:
-                if devices.is_out_of_memory(error) or isinstance(error, Damaged):
-                    raise
-                raise LoadError(f"the models or the data cannot be loaded: {type(error).__name__}: {error}") from error
-        loaded = time.time()
         stop = _Stop(self.board, self.job, trial_id, watching=self.rank == 0)  # the loop looks on rank 0 alone
         try:
+            if self.parts is None or self.parts.shape != shape_of(trial, self.device):
+                self._load(trial)
+            loaded = time.time()
+            stop.loaded()
             results = self.job.results
             uploads.bring_checkpoint(results, trial_id)
+            if self.rank == 0 and trial.evaluation.suite is not None:
+                uploads.bring_untrained(results)
             report = uploads.publishing(results, trial_id, _reporter(self.board, trial_id))
             outcome = train(trial, self.parts, report, stop.look, self.job.here / "trials" / trial_id)
             if self.rank == 0:
                 uploads.publish_end(results, trial_id, outcome.state)
-            uploads.publish(results, f"logs/slot-{self.job.slot}-rank-{self.rank}.log")
         finally:
             stop.close()
         reusable, self.kind = self.parts.shape[-1], kind_of(trial)
         if not reusable:
             self.parts = self.kind = None
         end = {"state": outcome.state, "cause": outcome.cause, "error": outcome.error, "metrics": outcome.metrics}
-        setup = {"setup_seconds": loaded - taken + outcome.details["setup_seconds"], "slot": self.job.slot}
-        setup["node"] = ray.util.get_node_ip_address()
+        setup: dict[str, Any] = {"setup_seconds": loaded - taken + outcome.details["setup_seconds"], "slot": self.job.slot}
+        setup |= {"node": ray.util.get_node_ip_address(), "log": log_name(trial_id)}
         if self.idle_since is not None:
             setup["cold_start_seconds"] = self.idle_since - self.job.begun + setup["setup_seconds"]
             self.idle_since = None
         return end | outcome.totals | {"details": {**outcome.details, **setup}}
+
+    def _load(self, trial: TrialConfig) -> None:
+        """The parts for a trial's shape, in place of those there are."""
+        from neo_ray import devices
+        from neo_ray.parts import load_parts
+
+        self.parts = None  # free the old ones before the new ones are loaded, and what a failed trial left
+        gc.collect()
+        devices.free_memory(self.device)
+        try:
+            self.parts = load_parts(self.job.sources, trial, self.device)
+        except Exception as error:
+            if devices.is_out_of_memory(error) or isinstance(error, (Damaged, NoRoom)):
+                raise
+            raise LoadError(f"the models or the data cannot be loaded: {type(error).__name__}: {error}") from error
 
     def _tell(self, what: str, *arguments: Any) -> None:
         if self.rank == 0:
@@ -206,10 +227,14 @@ class _Stop:
 
     def __init__(self, board: Any, job: SlotJob, trial_id: str, watching: bool) -> None:
         self.board, self.job, self.trial_id = board, job, trial_id
-        self.asked, self.closed = Stop.NO, False
+        self.asked, self.closed, self.loading = Stop.NO, False, True
         self.looked = time.monotonic()
         for watch in (self._listen, self._guard) if watching else ():
             threading.Thread(target=watch, daemon=True).start()
+
+    def loaded(self) -> None:
+        """The models are there: from now on steps are waited for."""
+        self.looked, self.loading = time.monotonic(), False
 
     def look(self) -> Stop:
         """Is the trial to stop? The training loop asks between steps, on rank 0: that is its sign of life."""
@@ -228,19 +253,21 @@ class _Stop:
         """A trial that hangs (a collective that never returns) ends its worker: a new one takes it on from its checkpoint."""
         while not self.closed:
             time.sleep(min(5.0, self.job.silence_seconds / 4))
-            if not self.closed and time.monotonic() - self.looked > self.job.silence_seconds:
-                logging.getLogger("neo_ray").error("trial %s: no step for %g s", self.trial_id, self.job.silence_seconds)
-                ray.get(self.board.hang.remote(self.job.slot))
+            loading = self.loading
+            limit = self.job.silence_seconds * (LOADING if loading else 1)
+            if not self.closed and time.monotonic() - self.looked > limit:
+                missed = "the models are not loaded after" if loading else "no step for"
+                logging.getLogger("neo_ray").error("trial %s: %s %g s", self.trial_id, missed, limit)
+                if loading:  # no fault of the trial
+                    ray.get(self.board.give_back.remote(self.job.slot, self.trial_id))
+                else:
+                    ray.get(self.board.hang.remote(self.job.slot))
                 os._exit(1)
 
 
 def slots_wait() -> bool:
     """Does a thread still wait for Ray? Then Ray must not be shut down here: it would end the process, with a code of its own."""
     return any(isinstance(thread, SlotRunner) for thread in threading.enumerate())
-
-
-def _take(board: Any, slot: int, kind: str | None) -> tuple[str, Any]:
-    return ray.get(board.take.remote(slot, kind))
 
 
 def _reporter(board: Any, trial_id: str) -> Callable[[dict[str, Any]], None]:
@@ -250,13 +277,29 @@ def _reporter(board: Any, trial_id: str) -> Callable[[dict[str, Any]], None]:
     return report
 
 
-def log_to(path: Path) -> None:
+def log_to(path: Path) -> logging.Handler:
     """What this process logs goes into a file of the results folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     logging.getLogger().addHandler(handler)
     logging.getLogger("neo_ray").setLevel(logging.INFO)
+    return handler
+
+
+@contextmanager
+def logged_to(path: Path) -> Iterator[None]:
+    """So does a trial's share of it, into one of its own; where there is no room for that, the trial goes on without."""
+    try:
+        handler = log_to(path)
+    except OSError as error:
+        logging.getLogger("neo_ray").warning("%s: %s", path, error)
+        handler = logging.NullHandler()
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
 
 
 class SlotRunner(threading.Thread):
@@ -283,6 +326,7 @@ class SlotRunner(threading.Thread):
 
     def run(self) -> None:
         failures = ended = 0
+        last: str | None = None
         while failures <= MAX_RESTARTS_IN_A_ROW and not self.closing:
             self.job = replace(self.job, begun=time.time())
             ray.get(self.board.begin.remote(self.job.slot))
@@ -294,16 +338,27 @@ class SlotRunner(threading.Thread):
             except Exception as error:
                 if self.closing:
                     return
-                message, cause = _why(error, ray.get(self.board.state.remote())[1].get(self.job.slot, set()))
+                message, cause = why_lost(error, ray.get(self.board.state.remote())[1].get(self.job.slot, set()))
                 self.error = message
                 trial, ended_by_now = ray.get(self.board.slot_lost.remote(self.job.slot, message, cause))
-                failures, ended = (1 if ended_by_now > ended else failures + 1), ended_by_now
+                if ended_by_now > ended:
+                    failures = 1
+                elif trial is None or trial != last:  # one that kills its workers each time is given up before its place is
+                    failures += 1
+                ended, last = ended_by_now, trial
                 self.announce(f"slot {self.job.slot} lost its workers{f' in trial {trial}' if trial else ''}: {message}")
                 if cause == "preempted":
                     return
-                if _found_damage(error) and not self._mended():
+                if found_damage(error) and not self._mended():
                     break
+                self._pause(failures)
         self.broken = not self.closing
+
+    def _pause(self, failures: int) -> None:
+        """Before the workers begin anew, unless the sweep ends or they begin no more."""
+        until = time.monotonic() + (PAUSES_SECONDS[failures - 1] if failures <= len(PAUSES_SECONDS) else 0.0)
+        while time.monotonic() < until and not self.closing:
+            time.sleep(0.1)
 
     def _mended(self) -> bool:
         """False where the store cannot be made whole; `error` says why."""
@@ -343,21 +398,3 @@ class SlotRunner(threading.Thread):
                 worker_runtime_env={"env_vars": env},
             ),
         )
-
-
-def _found_damage(error: BaseException) -> bool:
-    """Did a worker find that its store of targets is not what was written?"""
-    return any(isinstance(failure, Damaged) for failure in getattr(error, "worker_failures", {}).values())
-
-
-def _why(error: BaseException, nodes: set[str]) -> tuple[str, str]:
-    """One line and a cause for a worker group that died. `nodes`: where its workers were."""
-    failures = getattr(error, "worker_failures", None) or {}
-    texts = [str(e) for e in failures.values() if str(e).strip()] or [str(error)]
-    whole = "\n".join([str(error), *texts])
-    if any(words in whole for words in ("OutOfMemoryError", "memory on the node", "out of memory")):
-        return "Ray or the system ended a worker for want of memory", "out_of_memory"
-    if cluster.was_preempted(error, nodes):
-        return "its node is gone", "preempted"
-    lines = [line.strip() for line in texts[0].splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__)[:300], "error"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +13,11 @@ import ray
 from neo_ray.slot import SlotRunner
 
 SECONDS_BETWEEN_LOOKS = 2.0
+PAUSE_SECONDS, MAX_PAUSE_SECONDS = 300.0, 3600.0  # until the place of a slot that broke is tried again
 
 
 class Keeper(threading.Thread):
-    """Holds the slots of a sweep. A slot that broke for good leaves its place empty; one whose node left is replaced."""
+    """Holds the slots of a sweep. The place of one that broke stays empty for a while; one whose node left is replaced."""
 
     def __init__(
         self,
@@ -32,6 +34,10 @@ class Keeper(threading.Thread):
         self.runners: list[SlotRunner] = []
         self.closing = threading.Event()
         self.drained: set[int] = set()
+        self.pause_seconds = PAUSE_SECONDS
+        self.due: dict[int, float] = {}
+        """Slot that broke → when its place is tried again."""
+        self.forgiven: set[int] = set()
 
     @property
     def alive(self) -> list[SlotRunner]:
@@ -48,14 +54,29 @@ class Keeper(threading.Thread):
 
     @property
     def num_broken(self) -> int:
-        return sum(runner.broken for runner in self.runners)
+        return len(self._broken())
 
     @property
     def given_up(self) -> str | None:
         """Why no slot can be kept alive; None while one lives, or may once a node comes."""
         if self.alive or not self.num_broken or not self.places or self.num_broken < self.places:
             return None
-        return next((runner.error for runner in self.runners if runner.broken and runner.error), "all slots ended")
+        return next((runner.error for runner in reversed(self.runners) if runner.broken and runner.error), "all slots ended")
+
+    def _broken(self) -> list[int]:
+        """Slots that broke, and whose places have not been given to others since."""
+        return [runner.job.slot for runner in self.runners if runner.broken and runner.job.slot not in self.forgiven]
+
+    def _forgive(self) -> None:
+        """What broke a slot may pass: its place is tried again, later each time, while another slot shows that trials run."""
+        for slot in self._broken():
+            if slot not in self.due:
+                self.due[slot] = time.monotonic() + self.pause_seconds
+                self.pause_seconds = min(2 * self.pause_seconds, MAX_PAUSE_SECONDS)
+            if self.alive and time.monotonic() >= self.due[slot]:
+                self.forgiven.add(slot)
+                self.announce(f"slot {slot} broke a while ago: its place is tried again")
+                return
 
     def begin(self, count: int) -> None:
         """Start so many slots more, up to the places there are."""
@@ -86,5 +107,6 @@ class Keeper(threading.Thread):
                 self.drained.add(slot)
                 self.announce(f"slot {slot} ends: its node is about to leave")
                 self.board.let_go.remote(slot, "drained")
+        self._forgive()
         if not self.closing.is_set():
             self.begin(trials - len(self.staying))

@@ -345,6 +345,7 @@ def _check_sweep(config: SweepConfig, space: Space) -> None:
     lengths = [name for name in LENGTHS if any(not axis.when for axis in space.setters(name))]
     if len(lengths) > 1:
         raise ConfigError(f"search.{lengths[0]}: a trial has one length, and {' and '.join(lengths)} are axes")
+    refusals.check_suite_at(config)
     if config.phases is None:  # else each phase is checked with its own
         refusals.check_objectives(config)
     if config.sampler.name == "grid":

@@ -62,6 +62,17 @@ def startup_line(records: Sequence[TrialRecord]) -> str | None:
     )
 
 
+def stops_line(records: Sequence[TrialRecord]) -> str | None:
+    """How long trials went on once the scheduler had stopped them; None where it stopped none that ran."""
+    seconds = [r.details["stop_seconds"] for r in records if "stop_seconds" in r.details]
+    if not seconds:
+        return None
+    return (
+        f"Early stopping: {len(seconds)} trials left their slots {number(median(seconds), 2)} s after they were stopped (median; "
+        f"at most {number(max(seconds), 2)} s), the step that they were in included."
+    )
+
+
 def lost_attempts_line(records: Sequence[TrialRecord]) -> str | None:
     """Attempts that ended before their trials did, by cause: no failures, since the trials went on."""
     causes: dict[str, list[str]] = defaultdict(list)

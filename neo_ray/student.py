@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neo_ray import devices, models
+from neo_ray import devices, models, placement
 from neo_ray.alignment import Projections
 from neo_ray.chunked import chunked_loss, projected_loss
 from neo_ray.data import Batch
@@ -114,23 +114,22 @@ class Student(nn.Module):
         A trained head has `use` in the place of its own forward pass. So ZeRO-3's hooks on it gather it once for all of `use`,
         and once more for the backward pass, where they hand its gradient on.
         """
-        layer, cut = models.head_layer(self.model), self._cut_head()
-        if not cut:
-            return use(states_NH)
-        if not any(parameter.requires_grad for parameter in cut):
-            from deepspeed.runtime.zero import GatheredParameters
-
-            with GatheredParameters(cut):
+        layer = models.head_layer(self.model)
+        if frozen := self.frozen_head():
+            with placement.in_full(frozen):
                 return use(states_NH)
+        if not any(hasattr(parameter, "ds_id") for parameter in layer.parameters()):
+            return use(states_NH)
         layer.forward = use
         try:
             return layer(states_NH)
         finally:
             del layer.forward
 
-    def _cut_head(self) -> list[Any]:
-        """The head's parameters, where ZeRO-3 has cut them."""
-        return [parameter for parameter in models.head_layer(self.model).parameters() if hasattr(parameter, "ds_id")]
+    def frozen_head(self) -> list[nn.Parameter]:
+        """The head's parameters, where none of them is trained; else none."""
+        parameters = list(models.head_layer(self.model).parameters())
+        return parameters if not any(parameter.requires_grad for parameter in parameters) else []
 
 
 def _fetch_as_one(layer: nn.Module) -> None:

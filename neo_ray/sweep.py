@@ -19,8 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from neo_ray import door, ground, loading, local, uploads
-from neo_ray.config import SweepConfig
+import psutil
+
+from neo_ray import door, ground, inventory, loading, local, uploads
+from neo_ray.config import WHERE_IT_RUNS, SweepConfig
 from neo_ray.phases import Phase, at_its_path, check_seeds_are_fresh, orphans, phases_of, planned_trials, trials_left
 from neo_ray.plan import make_plan
 from neo_ray.plan_text import render
@@ -34,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m neo_ray.sweep", description="Run or continue a hyperparameter sweep.")
     parser.add_argument("file", help="sweep file (YAML)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. training.learning_rate=1e-4")
-    parser.add_argument("--address", help="the Ray cluster to run on: auto on its head, ray://…; as resources.address")
+    parser.add_argument("--address", help="the Ray cluster to run on, from one of its machines: auto, host:port")
     parser.add_argument("--dry-run", action="store_true", help="print what would happen, and stop")
     parser.add_argument("--fresh", action="store_true", help="put an earlier sweep of this name aside and begin anew")
     parser.add_argument("--retry-failed", action="store_true", help="run trials again that FAILED, unless they diverged")
@@ -48,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         if asked.dry_run:
             _dry_run(config, asked.overrides, asked.fresh)
         else:
+            end.code = door.FAILED  # unless it comes to its end
             end.code = run(config, phases_of(config), asked.fresh, asked.retry_failed)
     return 128 + signal.SIGTERM if end.code == door.INTERRUPTED and terminated.is_set() else end.code
 
@@ -76,6 +79,10 @@ def _load(file: str, overrides: list[str], address: str | None) -> SweepConfig:
     """The sweep, on the cluster asked for. A file that names none runs on that of the Ray job which this process is."""
     config = loading.load(file, overrides)
     inherited = os.environ.get("RAY_ADDRESS", "")
+    if inherited.startswith("ray://") and (address or config.resources.address or "auto") == "auto":  # Ray would follow it
+        raise ConfigError(
+            f"RAY_ADDRESS: {inherited} is the address of a Ray client's server, and a sweep's driver {WHERE_IT_RUNS}"
+        )
     if address is None and config.resources.address is None and inherited and not inherited.startswith("http"):
         address = "auto"  # Ray would connect to it in any case
     return config if address is None else loading.load(file, [*overrides, f"resources.address={json.dumps(address)}"])
@@ -143,7 +150,7 @@ def _run_on_ray(
 ) -> int:
     """Connect, check what concerns the cluster, and only then take the folder and run. Nothing is written before that."""
     from neo_ray.budget import hours_of
-    from neo_ray.builder import TargetsFailed
+    from neo_ray.crew import TargetsFailed
     from neo_ray.lease import LeaseLost, lease
     from neo_ray.progress import Progress
     from neo_ray.records import Journal, fold, settle, write_records
@@ -170,7 +177,8 @@ def _run_on_ray(
 
             announce("starting workers (they load the models once, for all trials)")
             try:
-                with Progress(config, console, planned_trials(phases, records), room.slots, records) as progress:
+                bar = Progress(config, console, planned_trials(phases, records), room.slots, records)
+                with reading(sources), bar as progress:
                     least = room.plan.least_memory_bytes
                     run_trials(config, phases, sources, records, room.slots, progress, lost, least, mend, hours_of(past))
             finally:
@@ -183,9 +191,15 @@ def _run_on_ray(
         return 1
 
 
+def reading(sources: Any) -> contextlib.AbstractContextManager[None]:
+    """Nobody prunes the store that trials read."""
+    return inventory.in_use(sources.targets.place) if sources.targets is not None else contextlib.nullcontext()
+
+
 def _report(config: SweepConfig, console: Any) -> None:
     """Guidelines and report from the records, as `python -m neo_ray.analyze` makes them."""
     from neo_ray import analyze
+    from neo_ray.screen import show
 
     try:
         folder = uploads.local_copy(config.results)
@@ -195,7 +209,7 @@ def _report(config: SweepConfig, console: Any) -> None:
         return
     analyze.write(analysis, folder)
     uploads.publish(config.results, *uploads.REPORT)
-    analyze.show(analysis, console)
+    show(analysis, console)
     console.print(f"results: {config.results}", markup=False, highlight=False)
 
 
@@ -247,11 +261,10 @@ def _set_aside(config: SweepConfig) -> None:
 def _write_contract(config: SweepConfig, sources: dict[str, str]) -> None:
     """`sweep.yaml`, `sources.json` and `environment.json`: what was asked for, of which data and weights, and where it ran."""
     from neo_ray.environment import environment
-    from neo_ray.prepare import SOURCES_FILE
     from neo_ray.records import write_atomically
 
     write_atomically(config.folder / "sweep.yaml", loading.dump(config))
-    write_atomically(config.folder / SOURCES_FILE, json.dumps(sources, indent=2))
+    write_atomically(config.folder / uploads.SOURCES_FILE, json.dumps(sources, indent=2))
     write_atomically(config.folder / "environment.json", json.dumps(environment(), indent=2))
     uploads.publish(config.results, *uploads.CONTRACT)
 
@@ -260,18 +273,30 @@ def command() -> None:
     """The door of the command line. A Ray that is still waited for ends with this process, and must not choose its exit code."""
     code = main()
     if "neo_ray.slot" in sys.modules and sys.modules["neo_ray.slot"].slots_wait():
-        import psutil
-
-        children = psutil.Process().children(recursive=True)  # of a Ray that was started here
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
-        for child in children:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.terminate()
-        psutil.wait_procs(children, timeout=5)
+        children = psutil.Process().children(recursive=True)  # of a Ray that was started here
+        core = [child for child in children if _name(child) in ("raylet", "gcs_server")]
+        others = [child for child in children if child not in core]
+        _terminate(others)
+        psutil.wait_procs(others, timeout=5)
+        _terminate(core)  # last: Ray ends this process with 1 when it finds them gone
         os._exit(code)
     sys.exit(code)
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.NoSuchProcess:
+        return ""
+
+
+def _terminate(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from neo_ray import adapters, alignment, benchmarks, checkpoints, devices, models, placement, scaling
+from neo_ray import adapters, alignment, benchmarks, checkpoints, devices, harness, models, placement, scaling, scores
 from neo_ray.batches import StepPlan, accumulation_steps, learning_rate, plan_steps
 from neo_ray.data import Split, collate
 from neo_ray.heldout import evaluate
@@ -25,6 +26,7 @@ from neo_ray.losses import IGNORED
 from neo_ray.memory import reduce_bucket_elements
 from neo_ray.parts import ASKED, Parts, rank_and_world_size, sum_over_ranks
 from neo_ray.records import Stop
+from neo_ray.searching import BENCHMARKS
 from neo_ray.settings import TrialConfig
 from neo_ray.student import Student
 from neo_ray.supply import BIAS
@@ -66,7 +68,7 @@ def train(
     Args:
         trial: everything that determines the result, with `parts`.
         report: called on rank 0 with a row for every evaluation; rows from before an interruption are reported again.
-        should_stop: asked on rank 0 between optimizer steps; all ranks stop together.
+        should_stop: asked on rank 0 between optimizer steps and between batches of benchmarks; all ranks stop together.
         folder: where the trial's checkpoints and its adapter go; None keeps nothing. The last checkpoint stays there: the caller
             removes it once the outcome is on disk.
 
@@ -78,6 +80,14 @@ def train(
     asked_before = Counter(parts.asked)
     _check_packing(parts, trial)
     baseline = _baseline(parts, trial)
+    outcome: Outcome | None = None
+    before, begun = time.monotonic(), Student(parts.student, parts.device, parts.dtype)
+    try:
+        if untrained := benchmarks.of_untrained(begun, parts, trial, folder, should_stop):
+            baseline = baseline | untrained.named()
+    except harness.Stopped as told:
+        outcome = _stopped(told.stop)
+    started += time.monotonic() - before  # asked for all trials, and no cost of this one
     split = parts.data.split("train")
     plan = plan_steps(split.num_tokens, split.num_labels, trial.training, trial.evaluation.points, trial.seed)
     base, stage = adapters.attach(parts.student, trial), trial.deepspeed.zero_stage
@@ -133,13 +143,31 @@ def train(
         scale = {} if engine.fp16_scale is None else {"fp16_scale": engine.fp16_scale.state()}
         _save(engine, trained, folder, state | {"step": step, "window": window.tolist()} | scale | _clock(totals()) | asked())
 
+    def is_owed(row: Row) -> bool:
+        """Is a row still to get its benchmarks? It is reported only then."""
+        at_rungs = parts.sources.suite is not None and trial.evaluation.suite_at == "rungs"
+        return at_rungs and row["step"] < plan.num_steps and BENCHMARKS not in row
+
+    def ask(row: Row) -> Outcome | None:
+        """Benchmarks into a row; how the trial ends where it was told to stop meanwhile."""
+        try:
+            found = benchmarks.of_student(student, parts, trial, should_stop)
+        except harness.Stopped as told:
+            return _stopped(told.stop)
+        if found is not None:
+            row.update(found.named())
+            details.update(scores.facts(found))
+        return None
+
     step = state["step"]
+    if outcome is None and state["curve"] and is_owed(state["curve"][-1]):  # it was stopped while it was asked
+        outcome = ask(state["curve"][-1])
     if rank == 0:
         for row in state["curve"]:
-            report(row)
+            if not is_owed(row):
+                report(row)
 
     window = torch.tensor(state["window"], dtype=torch.float64)  # the four sums and their count since the last evaluation
-    outcome: Outcome | None = None
     student.train()
     while step < plan.num_steps and outcome is None:
         rate = learning_rate(trial.training, step, plan.num_steps)
@@ -154,46 +182,49 @@ def train(
             outcome = Outcome("FAILED", "diverged", f"loss is {total} at {where}")
         elif engine.fp16_scale is not None and engine.fp16_scale.hopeless:
             outcome = Outcome("FAILED", "diverged", f"gradients overflow at every loss scale at step {step} of {plan.num_steps}")
-        elif due is not None:
-            scores = evaluate(student.predict, parts, "select", trial.evaluation).named("select")
+        elif due is not None and stopped != Stop.PRUNED:
+            held_out = evaluate(student.predict, parts, "select", trial.evaluation).named("select")
             student.train()
             means = (window[:4] / window[4]).tolist()
             window.zero_()
             row = {"rung": due, "rung_tokens": plan.rung_tokens[due - 1], "step": step, "learning_rate": rate}
             means[2] = means[2] if _is_taught(trial) else None  # without a teacher in the loss there is no such number
             means[3] = means[3] if trial.is_aligned else None
-            row |= dict(zip(MEANS, means, strict=True)) | scores | _worst(totals(), parts)
+            row |= dict(zip(MEANS, means, strict=True)) | held_out | _worst(totals(), parts)
             row["tokens"] = int(plan.tokens[step - 1])
-            if trial.evaluation.suite_at == "rungs" and step < plan.num_steps:
-                asked_now = benchmarks.of_student(student, parts, trial, should_stop)
-                row |= asked_now.named() if asked_now is not None else {}
+            if is_owed(row):
+                outcome = ask(row)
             state["curve"].append(row)
             if checkpoint_folder is not None and step < plan.num_steps:
                 keep(checkpoint_folder)
-            if rank == 0:
+            if rank == 0 and outcome is None:
                 report(row)
-            if not math.isfinite(scores["select_ce"] or 0.0):
+            if outcome is None and not math.isfinite(held_out["select_ce"] or 0.0):
                 where = f"step {step} of {plan.num_steps}"
-                outcome = Outcome("FAILED", "diverged", f"held-out loss is {scores['select_ce']} at {where}")
+                outcome = Outcome("FAILED", "diverged", f"held-out loss is {held_out['select_ce']} at {where}")
         if outcome is None and stopped and step < plan.num_steps:
-            outcome = Outcome("PRUNED" if stopped == Stop.PRUNED else "INTERRUPTED")
+            outcome = _stopped(stopped)
             if stopped == Stop.INTERRUPTED and checkpoint_folder is not None and due is None:
                 keep(checkpoint_folder)
 
     if outcome is None:
-        if parts.sources.suite is not None and checkpoint_folder is not None:
+        if trial.evaluation.suite is not None and checkpoint_folder is not None:
             keep(checkpoint_folder)  # benchmarks may take long: a worker that is lost then loses nothing of the training
         metrics = evaluate(student.predict, parts, "report", trial.evaluation).named("report")
-        benchmark = benchmarks.of_student(student, parts, trial, should_stop)
-        weights = checkpoints.gather(engine, parameters)
-        if rank == 0 and folder is not None and trial.has_adapter:
-            adapters.save_adapter(student.model, weights, folder / "adapter")
-        if benchmark is not None:
-            metrics |= benchmark.named()
-            details |= benchmarks.facts(benchmark)
-            if rank == 0 and folder is not None:
-                benchmarks.save(benchmark, folder)
-        outcome = Outcome("COMPLETE", metrics=metrics)
+        try:
+            benchmark = benchmarks.of_student(student, parts, trial, lambda: _interrupted(should_stop()))
+        except harness.Stopped as told:
+            outcome = _stopped(told.stop)
+        else:
+            weights = checkpoints.gather(engine, parameters)
+            if rank == 0 and folder is not None and trial.has_adapter:
+                adapters.save_adapter(student.model, weights, folder / "adapter")
+            if benchmark is not None:
+                metrics |= benchmark.named()
+                details |= scores.facts(benchmark)
+                if rank == 0 and folder is not None:
+                    scores.save(benchmark, folder)
+            outcome = Outcome("COMPLETE", metrics=metrics)
     if engine.fp16_scale is not None:
         details |= {"skipped_steps": _skipped(engine), "loss_scale": engine.fp16_scale.value}
     final, details = _worst(totals(), parts), details | asked()
@@ -204,6 +235,15 @@ def train(
     adapters.detach(student.model)
     devices.free_memory(parts.device)
     return Outcome(outcome.state, outcome.cause, outcome.error, outcome.metrics, details, final)
+
+
+def _stopped(told: float) -> Outcome:
+    return Outcome("PRUNED" if told == Stop.PRUNED else "INTERRUPTED")
+
+
+def _interrupted(told: Stop) -> Stop:
+    """What of it counts once all steps are done: such a trial is complete, whatever the scheduler says by then."""
+    return told if told == Stop.INTERRUPTED else Stop.NO
 
 
 def build_engine(student: Student, parameters: dict[str, nn.Parameter], trial: TrialConfig, world_size: int) -> Any:
@@ -260,27 +300,34 @@ def optimizer_step(
     # DeepSpeed averages over ranks: undo that. The denominator counts every micro-batch of every rank.
     share = world_size / max(1, int(plan.labels[step]))
     factor = share if engine.fp16_scale is None else share * engine.fp16_scale.value
-    for indices in plan.micro_batches(step, rank, world_size, micro, split.num_tokens):
-        empty = len(indices) == 0  # this rank has no share of a last, partial batch: it takes part with a loss of 0
-        indices = plan.order[:1] if empty else indices
-        examples = split.examples(indices)
-        batch = collate(examples, parts.sources.pad_id, parts.device, training.padding_side, training.packing)
-        labels_BL = torch.full_like(batch.labels_BL, IGNORED) if empty else batch.labels_BL
-        given = (batch.input_ids_BL, batch.attention_mask_BL, batch.position_ids_BL)
-        output, projected = engine(*given, labels_BL) if pairs else (engine(*given), ())
-        taught = Taught()
-        if _is_taught(trial) or pairs:
-            taught = teach(parts, "train", indices, batch, labels_BL, [layer for _, layer in pairs])
-        with placement.head_in_full(parts.teacher if _is_taught(trial) else None):
-            said = taught if _is_taught(trial) else Taught()
-            loss = engine.module.loss(output, labels_BL, said, trial, parts.vocabulary, factor)
-        total, apart = loss.total, torch.zeros_like(loss.ce)
-        if pairs:
-            apart = alignment.alignment_sum(projected, taught.states, trial.distill)
-            total = total + trial.distill.alignment_weight * apart
-        scaling.backward(engine, total * share, engine.fp16_scale)
-        sums += torch.stack([total.detach(), loss.ce, loss.kd, apart.detach()]).double()
-        scaling.step(engine, engine.fp16_scale)
+    batches = plan.micro_batches(step, rank, world_size, micro, split.num_tokens)
+    teacher = parts.teacher if _is_taught(trial) else None
+    with ExitStack() as held:
+        for head in (engine.module.frozen_head(), placement.head_of(teacher)) if len(batches) > 1 else ():
+            held.enter_context(placement.in_full(head))
+        for number, indices in enumerate(batches, 1):
+            empty = len(indices) == 0  # this rank has no share of a last, partial batch: it takes part with a loss of 0
+            indices = plan.order[:1] if empty else indices
+            examples = split.examples(indices)
+            batch = collate(examples, parts.sources.pad_id, parts.device, training.padding_side, training.packing)
+            labels_BL = torch.full_like(batch.labels_BL, IGNORED) if empty else batch.labels_BL
+            given = (batch.input_ids_BL, batch.attention_mask_BL, batch.position_ids_BL)
+            output, projected = engine(*given, labels_BL) if pairs else (engine(*given), ())
+            taught = Taught()
+            if _is_taught(trial) or pairs:
+                taught = teach(parts, "train", indices, batch, labels_BL, [layer for _, layer in pairs])
+            with placement.in_full(placement.head_of(teacher)):
+                said = taught if _is_taught(trial) else Taught()
+                loss = engine.module.loss(output, labels_BL, said, trial, parts.vocabulary, factor)
+            total, apart = loss.total, torch.zeros_like(loss.ce)
+            if pairs:
+                apart = alignment.alignment_sum(projected, taught.states, trial.distill)
+                total = total + trial.distill.alignment_weight * apart
+            scaling.backward(engine, total * share, engine.fp16_scale)
+            sums += torch.stack([total.detach(), loss.ce, loss.kd, apart.detach()]).double()
+            if number == len(batches):
+                held.close()  # the update cuts all weights, and needs the room itself
+            scaling.step(engine, engine.fp16_scale)
     return tuple(sums.tolist())
 
 

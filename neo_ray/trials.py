@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from neo_ray.axes import SpaceAxis, show
 from neo_ray.config import SweepConfig
 from neo_ray.loading import plain
+from neo_ray.mistakes import guess
 from neo_ray.points import point_settings
-from neo_ray.records import REOPENED, TrialRecord
-from neo_ray.settings import TrialConfig
+from neo_ray.records import TrialRecord
+from neo_ray.settings import ConfigError, TrialConfig
 from neo_ray.space import LENGTHS, Space, build_space
 
 DEFAULT_TRIALS = 16
 MODELLING = ("tpe", "gp", "cmaes")
 """Samplers that begin with random trials and then go by what was found."""
+OF_THE_SETTING = ("error", "out_of_memory", "hung")
+"""Causes of a failure that the same setting would meet again."""
 IDENTITY = (
     "teacher",
     "student",
@@ -88,16 +93,39 @@ def retried(records: list[TrialRecord], failed_too: bool) -> list[TrialRecord]:
     """The records with FAILED trials taken for interrupted ones, where asked for. One that diverged would diverge again."""
     if not failed_too:
         return records
-    return [r.model_copy(update=REOPENED) if r.state == "FAILED" and r.cause != "diverged" else r for r in records]
+    return [r.model_copy(update={"state": "RUNNING"}) if r.state == "FAILED" and r.cause != "diverged" else r for r in records]
 
 
 def trial_id(number: int) -> str:
     return f"{number:04d}"
 
 
+def find_trial(folder: Path, records: Sequence[TrialRecord], wanted: str) -> TrialRecord:
+    """The trial that a command's `--trial` names. Raises ConfigError where there is none."""
+    known = {record.id: record for record in records}
+    if wanted not in known:
+        near = trial_id(int(wanted)) if wanted.isdecimal() else wanted
+        raise ConfigError(f"--trial: {folder} has no trial {wanted}{guess(near, known)}")
+    return known[wanted]
+
+
 def setting_key(params: dict[str, Any], seed: int | None = None) -> str:
     """The same for the same setting, read from a file or made here; with a seed, for the same trial."""
     return repr((sorted(params.items(), key=lambda item: item[0]), seed))
+
+
+def setting_text(params: dict[str, Any]) -> str:
+    """`rank 8, learning_rate 0.001`, for a line."""
+    return ", ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in params.items())
+
+
+def fail_everywhere(records: Sequence[TrialRecord]) -> set[str]:
+    """The settings (as `setting_key` has them, without a seed) of which each trial FAILED, and by themselves: no node left, no
+    storage was away, and none diverged, of which a sampler learns."""
+    failed = {setting_key(r.params) for r in records if r.state == "FAILED" and r.cause in OF_THE_SETTING}
+    if not failed:
+        return failed  # a sampler's every proposal asks, and the keys of thousands of trials take their time
+    return failed - {setting_key(r.params) for r in records if r.state in ("COMPLETE", "PRUNED")}
 
 
 def chosen_settings(config: SweepConfig) -> dict[str, Any]:

@@ -18,29 +18,34 @@ from ray import tune
 
 from neo_ray import checkpoints, cluster, uploads
 from neo_ray.adapters import scaling
-from neo_ray.board import Board, kind_of
+from neo_ray.board import NAMESPACE, Board
 from neo_ray.budget import SESSION, exhausted, hours_of
 from neo_ray.cluster import HEAD
 from neo_ray.config import SweepConfig
 from neo_ray.loading import plain
+from neo_ray.loggers import loggers
 from neo_ray.mirror import Mirror
 from neo_ray.parts import Sources
 from neo_ray.phases import Phase, trials_left
 from neo_ray.progress import Progress
-from neo_ray.records import COSTS, Journal, TrialRecord, apply, write_records
+from neo_ray.records import Journal, TrialRecord, apply, failures, write_records
+from neo_ray.relay import Relay
 from neo_ray.schedulers import make_scheduler
 from neo_ray.searcher import StudySearch, frozen_trials, study_of
 from neo_ray.settings import TrialConfig
-from neo_ray.slot import NAMESPACE, SlotJob, SlotRunner
+from neo_ray.slot import SlotJob, SlotRunner
 from neo_ray.slots import Keeper
 from neo_ray.space import Space
+from neo_ray.steering import NO_MEMORY, steering
 from neo_ray.trials import trial_id
 
+MAX_RELAYS = 100  # that follow one another for a trial: what ends one (memory, a person) is no fault of the trial
+RECORDS_SHARE = 0.02  # of the time may go into `trials.jsonl`, which tells the journal again: all trials, each time
 SECONDS_TO_END = 60  # for slots to put their models away; Ray ends those that have not
 
 
 class SweepFailed(RuntimeError):
-    """No slot can be kept alive, or the journal cannot be written."""
+    """No slot can be kept alive, the journal cannot be written, or the board was ended for want of memory."""
 
 
 def run_trials(
@@ -74,7 +79,7 @@ def run_trials(
     board: Any = (
         ray.remote(Board)
         .options(name=name, namespace=NAMESPACE, num_cpus=0, resources=HEAD, max_concurrency=1000)
-        .remote(config.resources.max_failures)
+        .remote(config.resources.max_failures, failures(Journal(config.results).events()))
     )
     recorder = _Recorder(config, phases[0].space, records, board, progress, lost, hours)
     results = config.results.resolve() if isinstance(config.results, Path) else config.results
@@ -94,12 +99,12 @@ def run_trials(
     keeper.start()
     watchdog = threading.Thread(target=_watch, args=(keeper, recorder), daemon=True)
     watchdog.start()
-    at_end = ExitStack()
+    at_end, followers = ExitStack(), loggers(config, progress.say)
     try:
         for phase in phases:
             if recorder.begin(phase):
                 at_end.close()
-                _fit(phase, phases, name, keeper, recorder, at_end)
+                _fit(phase, phases, name, keeper, recorder, followers, at_end)
                 recorder.wait_until_all_ended()
             if recorder.spent or recorder.failed is not None:
                 break
@@ -137,7 +142,15 @@ def _end(keeper: Keeper, recorder: _Recorder, board: Any) -> None:
     keeper.join(timeout=5)
 
 
-def _fit(phase: Phase, phases: tuple[Phase, ...], board: str, keeper: Keeper, recorder: _Recorder, at_end: ExitStack) -> None:
+def _fit(
+    phase: Phase,
+    phases: tuple[Phase, ...],
+    board: str,
+    keeper: Keeper,
+    recorder: _Recorder,
+    followers: list[tune.Callback],
+    at_end: ExitStack,
+) -> None:
     """Run a phase: Tune's trials, until none is left or its budget is spent."""
     config, space, records = phase.config, phase.space, list(recorder.records.values())
     given, remaining = phase.to_run(records)
@@ -155,6 +168,7 @@ def _fit(phase: Phase, phases: tuple[Phase, ...], board: str, keeper: Keeper, re
         may_begin=recorder.may_begin,
         room=lambda: keeper.room,
         phase=phase,
+        records=records,
     )
     tuner = tune.Tuner(
         tune.with_resources(Relay, HEAD),
@@ -165,13 +179,15 @@ def _fit(phase: Phase, phases: tuple[Phase, ...], board: str, keeper: Keeper, re
             search_alg=search,
             scheduler=make_scheduler(config, own),
             reuse_actors=True,
+            trial_name_creator=lambda trial: trial.config["trial"],
             trial_dirname_creator=lambda trial: f"{trial.config['trial']}-{trial.trial_id}",
         ),
         run_config=tune.RunConfig(
             name=f"tune-{time.time_ns()}",
             storage_path=str((config.folder / "ray").resolve()),
             verbose=0,
-            callbacks=[_TellBoard(board)],
+            failure_config=tune.FailureConfig(max_failures=MAX_RELAYS),
+            callbacks=[_TellBoard(board), *followers],
         ),
     )
     seen = {record.id for record in known}
@@ -181,46 +197,8 @@ def _fit(phase: Phase, phases: tuple[Phase, ...], board: str, keeper: Keeper, re
     at_end.callback(mirror.close)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        tuner.fit()
-
-
-class Relay(tune.Trainable):
-    """A Tune trial: hands its config to the board and reports what comes back. Holds no model and takes no worker's CPU."""
-
-    def setup(self, config: dict[str, Any]) -> None:
-        import json
-
-        self.board = ray.get_actor(config["board"], namespace=NAMESPACE)
-        self.trial, self.seen, self.waiting = config["trial"], 0, []  # type: ignore[var-annotated]
-        job = json.loads(config["config"])
-        kind = kind_of(TrialConfig.model_validate(job))
-        ray.get(self.board.submit.remote(self.trial, {"config": job, "kind": kind}))
-
-    def step(self) -> dict[str, Any]:
-        """The next evaluation, or the end."""
-        while not self.waiting:
-            self.waiting = ray.get(self.board.items_after.remote(self.trial, self.seen))
-            self.seen += len(self.waiting)
-        item = self.waiting.pop(0)
-        if item["kind"] == "report":
-            self.last = item["row"]
-            return dict(item["row"])
-        if item["kind"] == "end":
-            last = {**getattr(self, "last", {}), **(item.get("metrics") or {})} if item["state"] == "COMPLETE" else {}
-            last = {**last, **{name: item[name] for name in COSTS if item.get(name) is not None}}
-            return {**last, "state": item["state"], "cause": item.get("cause"), "done": True}
-        return self.step()
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self.last = {}
-        self.setup(new_config)
-        return True
-
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        return None
-
-    def load_checkpoint(self, checkpoint: Any) -> None:
-        return None
+        with steering():
+            tuner.fit()
 
 
 class _TellBoard(tune.Callback):
@@ -233,8 +211,8 @@ class _TellBoard(tune.Callback):
         ray.get_actor(self.board, namespace=NAMESPACE).cancel.remote(trial.config["trial"])
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        why = "its Tune trial, which only passes on what happens, died"
-        ray.get_actor(self.board, namespace=NAMESPACE).cancel.remote(trial.config["trial"], why)
+        why = "its relay, which stands for it in Ray Tune, cannot be started (logs/driver.log)"
+        ray.get_actor(self.board, namespace=NAMESPACE).orphan.remote(trial.config["trial"], why)
 
 
 class _Recorder(threading.Thread):
@@ -259,6 +237,7 @@ class _Recorder(threading.Thread):
         self.records = {record.id: record for record in records}
         self.lock = threading.Lock()  # Tune's thread starts trials, this one hears of everything else
         self.open: set[str] = set()
+        self.next_table = 0.0
         self.ending = self.closing = False
         self.failed: str | None = None
         self.phase, self.phase_begun, self.phase_hours, self.phase_spent = Phase(None, config, space), time.time(), 0.0, ""
@@ -299,7 +278,7 @@ class _Recorder(threading.Thread):
 
     def started(self, trial: str, params: dict[str, Any], seed: int) -> None:
         """The searcher proposed a trial: it exists from now on. A resumed one begins another attempt."""
-        resolved: TrialConfig = self.space.trial_config(params, self.config.trial).model_copy(update={"seed": seed})
+        resolved: TrialConfig = self.space.trial_config(params, self.phase.config.trial).model_copy(update={"seed": seed})
         self.open.add(trial)
         if trial in self.records:
             self._record("attempt", trial)
@@ -319,7 +298,9 @@ class _Recorder(threading.Thread):
                     return
         except Exception as error:  # a full disk, a dead board: no trial may run that is not recorded
             logging.getLogger("neo_ray").exception("the journal cannot be kept")
-            if not self.closing:
+            if not self.closing and isinstance(error, ray.exceptions.OutOfMemoryError):
+                self.give_up(NO_MEMORY)
+            elif not self.closing:
                 self.give_up(f"the journal cannot be kept: {type(error).__name__}: {error}")
 
     def give_up(self, why: str) -> None:
@@ -336,13 +317,23 @@ class _Recorder(threading.Thread):
     def _write(self, item: dict[str, Any]) -> None:
         item = dict(item)
         trial, kind = item.pop("trial"), item.pop("kind")
+        if kind == "taken":  # of no account once it is over
+            self.progress.taken(trial, item["slot"])
+            return
         self._record(kind, trial, **item)
         if kind == "end":  # on disk now, so that its checkpoint is needed no more
             checkpoints.remove(self.config.folder / "trials" / trial / "checkpoint")
             uploads.drop_checkpoint(self.config.results, trial)
             self.open.discard(trial)
+            self._write_table()
+
+    def _write_table(self) -> None:
+        """`trials.jsonl` for who reads along, less often as it grows; its last state is written when the sweep ends."""
+        begun = time.monotonic()
+        if begun >= self.next_table:
             with self.lock:
                 write_records(self.config.folder, list(self.records.values()))
+            self.next_table = begun + (time.monotonic() - begun) / RECORDS_SHARE
 
     def _record(self, kind: str, trial: str, **fields: Any) -> None:
         """One event into the journal, the records and the display."""

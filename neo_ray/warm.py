@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from neo_ray import uploads
 from neo_ray.config import SweepConfig
 from neo_ray.loading import load
 from neo_ray.records import TrialRecord, load_records
 from neo_ray.settings import ConfigError, TrialConfig
 from neo_ray.space import Space
+from neo_ray.storage import at, is_url
 
 LEARNING = ("tpe", "gp", "cmaes", "nsga2")
 """Samplers that go by earlier trials."""
@@ -39,7 +42,7 @@ def warm_trials(config: SweepConfig, space: Space) -> list[Warm]:
     found = []
     for index, path in enumerate(config.sampler.warm_start if config.sampler.name in LEARNING else ()):
         try:
-            records = load_records(path)
+            records = _records_at(path)
         except (ValueError, OSError) as error:
             raise ConfigError(f"sampler.warm_start.{index}: {error}") from None
         fitting = tuple(record for record in records if _fits(config, space, record))
@@ -54,9 +57,9 @@ def check_same_models(config: SweepConfig, now: dict[str, str]) -> None:
         now: what today's data and weights are (`prepare.identities`).
     """
     for index, path in enumerate(() if config.sampler.warm_start_anyway else config.sampler.warm_start):
-        where, folder = f"sampler.warm_start.{index}: {path}", Path(path).expanduser()
+        where, folder = f"sampler.warm_start.{index}: {path}", _folder_of(path)
         try:
-            before = json.loads((folder / "sources.json").read_text(encoding="utf-8"))
+            before = json.loads((folder / uploads.SOURCES_FILE).read_text(encoding="utf-8"))
             student = load(folder / "sweep.yaml").student
         except (OSError, ValueError):
             raise ConfigError(
@@ -66,6 +69,23 @@ def check_same_models(config: SweepConfig, now: dict[str, str]) -> None:
         other += ["student"] if student.prune != config.student.prune else []
         if other:
             raise ConfigError(f"{where} is of another {' and '.join(other)}; warm_start_anyway: true takes it all the same")
+
+
+@functools.cache
+def _records_at(path: str) -> tuple[TrialRecord, ...]:
+    """Read once by a process: each phase of a study begins with the same. Raises ValueError, OSError."""
+    folder = uploads.local_copy(path) if is_url(path) else path
+    try:
+        return tuple(load_records(folder))
+    except ValueError:
+        if is_url(path):
+            raise ValueError(f"{path}: holds no sweep") from None
+        raise
+
+
+def _folder_of(path: str) -> Path:
+    """Where the files of a results folder are on this machine, once its records were read."""
+    return uploads.working_folder(at(path))
 
 
 def _fits(config: SweepConfig, space: Space, record: TrialRecord) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,17 @@ os.environ.update(
 )
 
 import pytest
-from buckets import bucket, s3_server  # noqa: F401  (fixtures)
+from buckets import bucket, s3_server, scratch  # noqa: F401  (fixtures)
 from tiny import World, make_world
+
+UNTIL = float(os.environ.get("NEO_RAY_TESTS_UNTIL", "inf"))
+"""Unix time after which no slow test begins: .ci/run has a limit, on slow machines too, and lists those it left out."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if time.time() > UNTIL and any(item.get_closest_marker(mark) for mark in ("slow", "cluster")):
+        pytest.skip("no time left")
 
 
 def pytest_configure(config: pytest.Config) -> None:

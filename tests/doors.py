@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import yaml
 from tiny import World
 
@@ -53,5 +57,36 @@ def start(
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    text, _ = process.communicate(timeout=240)
+    text, _ = process.communicate(timeout=480)
     return text
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 400) -> None:
+    """Until something holds of a sweep that runs."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, finish(process)
+        time.sleep(0.1)
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL of a door and of all that it started, as where a machine goes down."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGKILL)
+    _end(children)
+    process.wait()
+
+
+def kill_driver(process: subprocess.Popen[str]) -> None:
+    """SIGKILL of the driver alone: its Ray notices, and is given a minute to."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGKILL)
+    process.wait(60)
+    _end(psutil.wait_procs(children, timeout=60)[1])
+
+
+def _end(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=20)

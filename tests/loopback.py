@@ -65,7 +65,7 @@ def end(processes: list[psutil.Process]) -> None:
             process.kill()
 
 
-def wait_until(condition: Any, what: str, seconds: float = 90) -> None:
+def wait_until(condition: Any, what: str, seconds: float = 200) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited in vain until {what}"
@@ -171,7 +171,7 @@ class Loopback:
         file.parent.mkdir()
         file.write_text(yaml.safe_dump(config))
 
-    def run(self, command: str, check: bool = True, seconds: float = 150) -> str:
+    def run(self, command: str, check: bool = True, seconds: float = 300) -> str:
         """What a command of the launcher's prints."""
         done = subprocess.run(
             ["bash", "-c", command],

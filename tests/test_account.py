@@ -44,6 +44,11 @@ def test_the_line_says_what_stood_there_before_and_what_was_read_again() -> None
     assert "read 280 tokens, 140 of them again" in line(*again)
 
 
+def test_records_without_their_journal_do_not_say_that_nothing_was_read() -> None:
+    line = account_line(account([], STORED))
+    assert line == "What the teacher read for stored targets is not told here; live it would have been 130 tokens."
+
+
 def test_a_living_teacher_is_counted_by_its_trials() -> None:
     line = account_line(account([], [told(0, teacher=1_000), told(1, teacher=500), TrialRecord(id="0002")]))
     assert line == "The teacher read 1,500 tokens, alive in 2 trials."

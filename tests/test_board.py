@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from neo_ray.board import MAX_PASSED_OVER, MAX_PREEMPTIONS, Board
-from neo_ray.records import Stop
+from neo_ray.records import Stop, failures
 
 CONFIG = {"training": {"micro_batch_size": "auto"}}
 
@@ -72,6 +72,51 @@ def test_a_lost_slot_returns_its_trial_a_bounded_number_of_times() -> None:
     on_a_board(story)
 
 
+def test_failures_under_an_earlier_driver_count() -> None:
+    events = [{"event": "attempt", "trial": "0000", "cause": cause} for cause in ("error", "preempted", "storage", "hung", None)]
+    again = [{"event": "end", "trial": "0001"}, {"event": "attempt", "trial": "0001"}]
+    before = failures([*events, {"event": "attempt", "trial": "0001", "cause": "error"}, *again])
+    assert before == {"0000": 2}, "one that is run again once it had FAILED begins anew"
+
+    async def told() -> None:
+        board = Board(2, before)
+        await board.submit("0000", {"config": CONFIG})
+        await board.take(0)
+        await board.slot_lost(0, "SIGSEGV", "error")
+        assert "died 3 times" in board.items["0000"][-1]["error"]
+
+    asyncio.run(told())
+
+
+def test_a_trial_that_storage_failed_goes_to_the_end_of_the_queue_and_is_not_to_blame_while_none_comes_through() -> None:
+    async def story(board: Board) -> None:
+        for number in range(12):
+            trial = (await board.take(0))[0]
+            assert trial == f"{number % 2:04d}", "in turn"
+            await board.set_back(0, trial, "No space left on device")
+            await board.set_back(0, trial, "the other rank says so, too")
+            assert await board.slot_lost(0, "x", "error") == (None, 0)
+        lost = [item["cause"] for item in board.log if item["kind"] == "attempt"]
+        assert not any(board.failures.values()) and lost == ["storage"] * 12
+
+    on_a_board(story)
+
+
+def test_a_trial_that_storage_fails_while_others_come_through_is_given_up() -> None:
+    async def story(board: Board) -> None:
+        for number in range(2, 5):
+            assert (await board.take(0))[0] == "0000"
+            await board.set_back(0, "0000", "File too large")
+            other = (await board.take(0))[0]
+            await board.submit(f"{number:04d}", {"config": CONFIG})
+            board.queue.rotate(1 if board.queue[0] != "0000" else 0)
+            await board.finish(0, other, {"state": "COMPLETE"})
+        end = board.items["0000"][-1]
+        assert (end["kind"], end["state"], end["cause"]) == ("end", "FAILED", "storage") and "File too large" in end["error"]
+
+    on_a_board(story)
+
+
 def test_a_trial_that_is_submitted_again_runs_once_and_keeps_what_it_said() -> None:
     async def story(board: Board) -> None:
         await board.take(0)
@@ -106,6 +151,7 @@ def test_a_stop_wakes_the_slot_at_once_and_a_stopped_trial_in_the_queue_needs_no
         assert kinds(board, "0000") == ["stop"], "the decision is in the log before the slot has seen it"
         assert await asyncio.wait_for(listening, 1) == Stop.PRUNED
         await board.finish(0, "0000", {"state": "PRUNED"})
+        assert 0 <= board.items["0000"][-1]["details"]["stop_seconds"] < 60
         assert await board.when_stopped("0000") == Stop.PRUNED, "asked again, it is still so"
         await board.cancel("0001")
         await board.close()
@@ -135,20 +181,65 @@ def test_a_call_that_dead_workers_left_behind_keeps_no_trial() -> None:
     on_a_board(story)
 
 
-def test_a_queued_trial_whose_tune_trial_died_has_failed() -> None:
+def test_a_relay_that_follows_one_that_died_goes_on_where_tune_is() -> None:
     async def story(board: Board) -> None:
-        await board.cancel("0000", "its Tune trial died")
         await board.take(0)
-        assert board.items["0000"][-1] | {"at": 0} == {
-            "trial": "0000",
-            "at": 0,
-            "kind": "end",
-            "state": "FAILED",
-            "cause": "error",
-            "error": "its Tune trial died",
-        }
+        for rung in (1, 2):
+            await board.report("0000", {"rung": rung})
+        assert [item["row"]["rung"] for item in await board.items_after("0000", 0)] == [1, 2]
+        await board.items_after("0000", 1)
+        told = await board.submit("0000", {"config": CONFIG})
+        assert [item["row"]["rung"] for item in told] == [1], "the second was fetched, and nobody knows whether Tune took it"
+        assert [item["row"]["rung"] for item in await board.items_after("0000", len(told))] == [2]
+        assert await board.submit("0001", {"config": CONFIG}) == [] and board.in_slot == {0: "0000"}
 
     on_a_board(story)
+
+
+def test_an_evaluation_that_a_resumed_trial_reports_again_is_no_other() -> None:
+    async def story(board: Board) -> None:
+        await board.take(0)
+        await board.report("0000", {"rung": 1, "select_ce": 4.0})
+        await board.slot_lost(0, "node died", "error")
+        await board.take(1)
+        for rung in (1, 2):
+            await board.report("0000", {"rung": rung, "select_ce": 4.0})
+        rows = [item["row"]["rung"] for item in board.items["0000"] if item["kind"] == "report"]
+        assert rows == [1, 2] and [item["row"]["rung"] for item in board.log if item["kind"] == "report"] == rows
+
+    on_a_board(story)
+
+
+def test_the_log_says_which_slot_took_a_trial_and_the_trial_s_own_items_do_not() -> None:
+    async def story(board: Board) -> None:
+        for slot in (4, 7):
+            await board.take(slot)
+        assert [(item["kind"], item["trial"], item["slot"]) for item in board.log] == [("taken", "0000", 4), ("taken", "0001", 7)]
+        assert kinds(board, "0000") == [], "a relay has nothing to tell Tune"
+
+    on_a_board(story)
+
+
+def test_a_trial_that_tune_gave_up_goes_on_in_its_slot_and_one_that_never_asked_for_one_has_failed() -> None:
+    async def story(board: Board) -> None:
+        await board.take(0)
+        await board.orphan("0000", "its relay died")
+        assert not await asyncio.wait_for(_soon(board.when_stopped("0000")), 1), "the slot hears of nothing"
+        await board.finish(0, "0000", {"state": "COMPLETE"})
+        assert kinds(board, "0000") == ["end"] and board.items["0000"][-1]["state"] == "COMPLETE"
+        await board.orphan("0007", "its relay died")
+        end = board.log[-1]
+        assert (end["trial"], end["state"], end["cause"], end["error"]) == ("0007", "FAILED", "error", "its relay died")
+
+    on_a_board(story)
+
+
+async def _soon(question: Awaitable[Any]) -> Any:
+    """The answer within a moment; None where there is none yet."""
+    try:
+        return await asyncio.wait_for(question, 0.05)
+    except TimeoutError:
+        return None
 
 
 def test_an_interrupted_sweep_ends_no_trial_and_begins_none() -> None:
@@ -192,19 +283,6 @@ def test_a_slot_whose_models_do_not_load_gives_its_trial_back_unharmed() -> None
         assert await board.slot_lost(0, "no weights", "error") == (None, 0)
         assert not board.items["0000"] and not board.failures
         assert (await board.take(1))[0] == "0000"
-
-    on_a_board(story)
-
-
-def test_a_trial_whose_tune_side_died_is_a_failure_and_not_a_decision() -> None:
-    async def story(board: Board) -> None:
-        await board.take(0)
-        await board.cancel("0000", "its Tune trial died")
-        await board.finish(0, "0000", {"state": "PRUNED"})
-        end = board.items["0000"][-1]
-        assert (end["state"], end["cause"], end["error"]) == ("FAILED", "error", "its Tune trial died")
-        assert kinds(board, "0000") == ["end"]
-        assert await board.slot_lost(0, "x", "error") == (None, 1), "one trial ended in this slot"
 
     on_a_board(story)
 

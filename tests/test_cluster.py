@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from neo_ray.cluster import Capacity, Node, concurrency, fit_memory, nodes_on_demand
+from neo_ray import cluster
+from neo_ray.cluster import Capacity, Node, concurrency, fit_head, fit_memory, nodes_on_demand, places
 from neo_ray.config import ResourcesConfig
 from neo_ray.settings import ConfigError
 
@@ -128,3 +131,45 @@ def test_memory_limits_the_slots_or_refuses_them() -> None:
     assert fit_memory(resources(gpus_per_worker=1), gpus, int(40e9), 1) == 1
     with pytest.raises(ConfigError, match=r"resources.gpus_per_worker: .* 40.0 GB, and its share of a GPU here is 24.0 GB"):
         fit_memory(resources(gpus_per_worker=0.5), gpus, int(40e9), 1)
+
+
+def test_the_heads_memory_bounds_how_many_trials_run_at_a_time() -> None:
+    many = Capacity((Node(cpus=8, memory_bytes=64e9, head=True), *(Node(cpus=8, gpus=8, memory_bytes=1e12) for _ in range(200))))
+    asked = resources(gpus_per_worker=1, concurrency="auto")
+    assert concurrency(asked, many) == 1600 and fit_head(asked, many, 1600) == 80 == places(asked, many, 0)
+    assert fit_head(resources(gpus_per_worker=1, concurrency=500), many, 500) == 500, "as was asked"
+    assert fit_head(asked.model_copy(update={"memory_check": False}), many, 1600) == 1600
+    assert fit_head(asked, Capacity(many.nodes[1:]), 1600) == 1600, "where it is not known"
+
+
+@pytest.mark.parametrize("failures", [0, 2, 3])
+def test_a_ray_that_a_busy_machine_did_not_start_in_time_is_begun_anew(failures: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    begun: list[subprocess.Popen[bytes]] = []
+
+    def init(**how: Any) -> None:
+        if len(begun) < failures:
+            begun.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]))
+            said = ("The current node timed out during startup. This could happen because", "Failed to start the dashboard")
+            raise Exception(said[len(begun) % 2])
+
+    monkeypatch.setattr(ray, "init", init)
+    if failures == cluster.STARTS:
+        with pytest.raises(ConfigError, match="did not start here in its time, 3 times"):
+            cluster._start_here()
+    else:
+        cluster._start_here()
+    assert len(begun) == failures
+    assert all(process.wait(10) < 0 for process in begun), "what was left of it is ended"
+
+
+def test_another_failure_of_ray_is_told_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def init(**how: Any) -> None:
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(RuntimeError, match="no such thing"):
+        cluster._start_here()

@@ -37,11 +37,24 @@ def test_what_is_raised_is_one_line_and_a_code(
     assert capsys.readouterr().err == said
 
 
+LOST = BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+
 def test_a_reader_that_went_away_is_no_fault(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    with door.end() as end:
-        monkeypatch.setattr(sys.stderr, "close", lambda: None)
-        raise BrokenPipeError
+    def left() -> None:
+        raise LOST
+
+    with monkeypatch.context() as patch, door.end() as end:
+        patch.setattr(sys.stderr, "close", lambda: None)
+        patch.setattr(sys.stdout, "flush", left)
+        raise LOST
     assert end.code == 0 and capsys.readouterr().err == ""
+
+
+def test_any_other_broken_pipe_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with door.end(out_of_reach=1) as end:
+        raise LOST
+    assert end.code == 1 and capsys.readouterr().err == "error: Broken pipe\n"
 
 
 def test_a_command_may_say_how_it_ends() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from neo_ray.loading import dump, validate
 from neo_ray.plan import make_plan
 from neo_ray.plan_text import render
 from neo_ray.settings import ConfigError
+from neo_ray.storage import Remote
 from neo_ray.supply import SHARD_BYTES
 
 WIDTH, VOCABULARY = 576, 49_152
@@ -118,6 +120,43 @@ def test_a_disk_too_small_would_be_refused_where_the_store_was_asked_for(
     local.check_room(config)
     free = 10**8
     with pytest.raises(ConfigError, match="take about 0.9 GB"):
+        local.check_room(config)
+
+
+def test_room_is_asked_of_each_nodes_copy_where_the_store_is_in_an_object_store(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is asked of the object store, which is none."""
+    scratch, free = tmp_path / "scratch", 10**9
+    away: dict[str, Any] = {
+        "targets": {"mode": "projection", "path": "s3://nowhere/stores"},
+        "storage": {"scratch": f"{scratch}"},
+    }
+    config, size = a_sweep(tmp_path, **away), 1_000_000 * ROW
+    (tmp_path / "sweep.yaml").write_text(dump(config))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    assert sweep.main([str(tmp_path / "sweep.yaml"), "--dry-run"]) == 0
+    text, line = capsys.readouterr().out, f"storage.scratch: {scratch}: {size:,} bytes wanted, 1,000,000,000 bytes free; "
+    assert f"would be refused: {line}name a folder on a larger disk, or targets.mode=live\n" in text
+    assert f"a copy of it is kept in {scratch} (storage.scratch), where 1.0 GB are free\n" in text
+    automatic = render(make_plan(a_sweep(tmp_path, **{**away, "targets": {**away["targets"], "mode": "auto"}})))
+    assert f"   note: {line}" in automatic and "as it is, the teacher will run in every trial" in automatic
+
+    elsewhere = a_sweep(tmp_path, **away, resources={"address": "auto"})
+    local.check_room(elsewhere)
+    assert f"each node keeps a copy of it in {scratch} (storage.scratch)\n" in render(make_plan(elsewhere))
+
+    for url, refused in (("s3://another/stores", True), ("s3://nowhere/stores", False)):
+        copy = (Remote(url, str(scratch)) / "5dbc97").here
+        copy.mkdir(parents=True)
+        with (copy / "train-00000.safetensors").open("wb") as file:
+            file.truncate(200_000_000)
+        with pytest.raises(ConfigError, match="1,156,000,000 bytes wanted") if refused else nullcontext():
+            local.check_room(config)
+    free = size - 200_000_000
+    local.check_room(config)
+    free -= 1
+    with pytest.raises(ConfigError, match="storage.scratch"):
         local.check_room(config)
 
 

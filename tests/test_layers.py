@@ -17,21 +17,27 @@ PACKAGE = Path(__file__).parent.parent / "neo_ray"
 
 ROOMS = {
     "facts": (
-        "account assets axes budget cautions config continuations environment estimate inventory loading memory mistakes phases "
-        "plan plan_text points records refusals searching settings shapes space staging storage supply trials uploads warm"
+        "account assets axes budget cautions config continuations environment estimate inventory loading memory mistakes outbox "
+        "phases plan plan_text points price records refusals scores searching settings shapes space staging storage supply "
+        "trials uploads warm weights wordings"
     ),
     "training": (
         "adapters alignment answers batches benchmarks checkpoints chunked data devices filling harness heldout local losses "
         "merging models parts placement prepare pruning quickstart scaling sources stores student suites teaching train"
     ),
     "analysis": (
-        "card charts confirmed drawing effects evidence figures foreign guidelines histories page paired pareto phase_text "
-        "printing report slices startup statistics"
+        "arms aspects card charts choosing confirmed crosscheck drafts drawing effects evidence extensions figures "
+        "foreign guidelines histories hypotheses importances intervals interplay knee law_text laws luck matrix page paired "
+        "pareto phase_text pooling printing questions report rungs screen slices stability startup statistics suite_charts "
+        "suite_claims surface trends upcoming "
     ),
-    "ray": "access board builder cluster lease mirror progress schedulers searcher slot slots storehouse tuner",
+    "ray": (
+        "access board builder cluster crew faults handover lease loggers mirror progress relay running schedulers searcher slot "
+        "slots steering storehouse trackers tuner"
+    ),
     "doors": (
-        "__init__ analyze bench bench_loss bench_pairs bench_reader bench_step bench_summary bench_sweep bench_turns door "
-        "evaluate export ground notebook status sweep targets"
+        "__init__ analyze bench bench_loss bench_others bench_pairs bench_reader bench_step bench_summary bench_sweep "
+        "bench_turns door evaluate export ground notebook status sweep targets"
     ),
 }
 ROOM = {module: room for room, modules in ROOMS.items() for module in modules.split()}
@@ -40,7 +46,7 @@ FLOOR = {"facts": 0, "training": 1, "analysis": 1, "ray": 2, "doors": 3}
 # What imports torch counts as torch: it takes as long to import, and fails where torch is not installed.
 TORCH = {"torch", "transformers", "peft", "deepspeed", "accelerate"}
 FORBIDDEN = {"facts": {*TORCH, "ray"}, "training": {"ray"}, "analysis": {*TORCH, "ray"}, "ray": set(), "doors": set()}
-WITHOUT_RAY = {"lease", "progress"}
+WITHOUT_RAY = {"lease", "progress", "running"}
 """They stand with ray, and need none of it: a lease is taken before Ray starts, and a bar is drawn without it."""
 QUICK_DOORS = ("__init__", "analyze", "bench", "evaluate", "export", "notebook", "status", "sweep", "targets")
 """Doors that answer `--help`, `--dry-run` and a mistake in a file before anything heavy is imported."""
@@ -151,3 +157,11 @@ def test_doors_and_what_needs_no_torch_import_neither_torch_nor_ray() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, timeout=120)
     assert done.returncode == 0, done.stderr.strip().splitlines()[-1]
+
+
+def test_what_stands_on_the_head_for_each_trial_imports_no_torch() -> None:
+    code = (
+        f"import sys, neo_ray.relay; heavy = sorted({TORCH!r} & set(sys.modules)); sys.exit(f'imports {{heavy}}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, timeout=120)
+    assert done.returncode == 0, done.stderr

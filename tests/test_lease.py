@@ -73,6 +73,27 @@ def test_a_driver_that_lost_its_lease_is_interrupted_and_one_that_cannot_read_it
     assert json.loads(path.read_text())["host"] == "elsewhere", "the other's lease stays"
 
 
+def test_a_lease_that_another_thread_loses_interrupts_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slot's thread fills damaged shards again: the main thread would take an interrupt for Ctrl-C."""
+    monkeypatch.setattr("neo_ray.lease.HEARTBEAT_SECONDS", 0.05)
+    found: list[BaseException] = []
+
+    def hold() -> None:
+        try:
+            with lease(tmp_path) as lost:
+                elsewhere(tmp_path / "lease.json", beat=time.time())
+                assert lost.wait(20)
+        except LeaseLost as error:
+            found.append(error)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    deadline = time.monotonic() + 30
+    while holder.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.05)  # where a KeyboardInterrupt would arrive
+    assert len(found) == 1 and "another driver took" in str(found[0])
+
+
 def test_a_lease_in_an_object_store_is_held_taken_over_when_abandoned_and_lost_to_another(
     bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,7 +25,7 @@ from tiny import World
 
 from neo_ray.records import TrialRecord, load_records
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1500)]
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 UP, DOWN = "ray up deploy/local.yaml", "ray down deploy/local.yaml"
@@ -114,7 +114,7 @@ def test_the_sequence_of_the_readme(cluster: Loopback) -> None:
     process = subprocess.Popen(["bash", "-c", f"exec {tunnel}"], env=cluster.environment, cwd=cluster.launcher)
     try:
         wait_until(lambda: in_use(cluster.tunnel_port), "the tunnel stands", 40)
-        text = cluster.run(literal(JOB).replace("8265", str(cluster.tunnel_port)), seconds=200)
+        text = cluster.run(literal(JOB).replace("8265", str(cluster.tunnel_port)), seconds=400)
         assert "succeeded" in text and "2 trials at a time" in text, text
     finally:
         process.terminate()

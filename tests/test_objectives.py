@@ -49,8 +49,8 @@ RECORDS = [
     measured(1, at(8), 4.3, 20, 30.0),
     measured(2, at(16), 4.4, 25, 30.0),  # rank 8 beats it in two, and is as quick
     measured(3, at(32), 4.6, 30, 10.0),
-    measured(4, at(64), 4.0, 90, 90.0),
-    measured(5, at(64), 5.2, 90, 90.0, seed=1),  # the mean of rank 64 is 4.6, and it is large and slow
+    measured(4, at(64), 4.1, 90, 90.0),
+    measured(5, at(64), 5.1, 90, 90.0, seed=1),  # the mean of rank 64 is 4.6, and it is large and slow
     measured(6, {"rank": 4, "learning_rate": 2e-3}, 1.0, 1, 1.0, state="PRUNED"),
     measured(7, {"rank": 4, "learning_rate": 3e-3}, None, 1, 1.0, state="FAILED", cause="diverged"),
     measured(8, {"rank": 4, "learning_rate": 4e-3}, 1.0, 0, 1.0),  # its memory was not measured
@@ -121,6 +121,20 @@ def test_a_search_tells_all_objectives_and_goes_on_after_a_resume(tmp_path: Path
         (
             {**BENCHMARKS, "objective": {"metric": "suite_a"}, "scheduler": {}, "sampler": {}},
             r"evaluation\.suite_at: end measures suite_a of complete trials alone",
+        ),
+        (
+            {"evaluation": {"suite": "quickstart", "suite_at": "confirm"}, "objective": {}},
+            r"evaluation\.suite_at: confirm is a phase that this sweep does not have",
+        ),
+        (
+            {
+                "evaluation": {"suite": "quickstart", "suite_at": "confirm"},
+                "objective": {"metric": "suite"},
+                "sampler": {},
+                "scheduler": {},
+                "phases": {"exploit": {"scheduler": {"name": "none"}}, "confirm": {"seeds": [7, 8]}},
+            },
+            r"evaluation\.suite_at: confirm measures suite of the settings that are chosen already",
         ),
         (
             {"scheduler": {}, "sampler": {}, "phases": {"exploit": {}}},

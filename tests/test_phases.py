@@ -89,6 +89,14 @@ def test_a_sweep_without_phases_is_one_phase_as_it_was() -> None:
     assert older[0].phase == "explore" and phase.own(older) == older and phase.to_run(older)[1] == 4
 
 
+def test_benchmarks_may_be_asked_in_confirm_alone() -> None:
+    phases = phases_of(study(evaluation={"suite": "quickstart", "suite_at": "confirm", "suite_limit": 5}))
+    assert {phase.name: phase.config.trial.evaluation.suite for phase in phases} == {
+        **dict.fromkeys(("noise", "map", "exploit")),
+        "confirm": "quickstart",
+    }
+
+
 def test_each_phase_runs_its_own_trials_under_its_own_name() -> None:
     records = run(study(), [])
     assert [r.id for r in records] == [f"{i:04d}" for i in range(len(records))], "numbered through"

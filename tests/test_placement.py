@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from test_space import sweep
 from test_train import CPU, a_trial, curve
+from test_trained_head import counting_fetches
 from tiny import VOCABULARY
 
 from neo_ray.memory import memory_per_worker
@@ -29,8 +30,11 @@ PLACEMENTS = ("replicated", "sharded", "offloaded")
 
 @torch.no_grad()
 def observe(sources: Sources, placement: Any, rank: int) -> dict[str, Any]:
-    """Logits and states of the teacher on a batch of this rank's own, and the curves of two trials on one and the same parts."""
-    trials = [a_trial(stage, lora=LoraConfig(rank=4, alpha=8), steps=4) for stage in (2, 3)]
+    """Logits and states of the teacher on a batch of this rank's own; of trials on one and the same parts the curves, and how
+    often the teacher's head was gathered. The last one's steps have twice as many micro-batches."""
+    trials = [a_trial(stage, lora=LoraConfig(rank=4, alpha=8), steps=4) for stage in (2, 3, 2)]
+    smaller = trials[2].training.model_copy(update={"micro_batch_size": 1})
+    trials[2] = trials[2].model_copy(update={"training": smaller})
     parts = load_parts(dataclasses.replace(sources, teacher_placement=placement), trials[0], CPU)
     assert parts.teacher is not None
     held = sum(getattr(p, "ds_tensor", p).numel() for p in parts.teacher.parameters())
@@ -40,8 +44,9 @@ def observe(sources: Sources, placement: Any, rank: int) -> dict[str, Any]:
     with torch.enable_grad():
         for number, trial in enumerate(trials):
             rows: list[Row] = []
-            train(trial, parts, rows.append)
-            found[f"trial {number}"] = curve(rows)
+            with counting_fetches(parts.teacher.get_output_embeddings()) as counts:
+                train(trial, parts, rows.append)
+            found[f"trial {number}"], found[f"gathers {number}"] = curve(rows), counts[1]
     return found
 
 
@@ -65,7 +70,8 @@ def test_two_workers_see_the_whole_teacher_to_the_bit(found: list[dict[str, Any]
         expected, ours = found[rank]["replicated"], found[rank][placement]
         assert ours["held"] < 0.6 * expected["held"], "it is shared out"
         assert torch.equal(ours["logits"], expected["logits"]) and torch.equal(ours["states"], expected["states"])
-        assert ours["trial 0"] == expected["trial 0"] and ours["trial 1"] == expected["trial 1"]
+        assert all(ours[f"trial {number}"] == expected[f"trial {number}"] for number in range(3))
+        assert ours["gathers 2"] == ours["gathers 1"] > 0 == expected["gathers 1"], "once a step, not a micro-batch"
     assert len(found[0][placement]["trial 0"]) == 3
 
 
@@ -79,12 +85,16 @@ def test_a_plan_counts_what_a_worker_holds_of_the_teacher() -> None:
     shape = shape_from_name("llama-3.1-8b")
     assert shape is not None
 
-    def teacher(placement: str, workers: int = 2, gpus: int = 1) -> int:
+    def teacher(placement: str, workers: int = 2, gpus: int = 1, micro: int | str = "auto") -> int:
         resources = {"workers_per_trial": workers, "gpus_per_worker": gpus}
-        config = sweep(teacher={"model": "t", "placement": placement}, resources=resources, training={"dtype": "bf16"})
+        training = {"dtype": "bf16", "batch_size": 4, "micro_batch_size": micro}
+        config = sweep(teacher={"model": "t", "placement": placement}, resources=resources, training=training)
         return memory_per_worker(config, config.trial, shape, shape)["teacher"]
 
     head = 2 * shape.vocab_size * shape.hidden_size
     assert teacher("replicated") == 2 * shape.num_parameters
     assert teacher("sharded") == shape.num_parameters + head and teacher("offloaded") == head
     assert teacher("offloaded", workers=1, gpus=0) == 2 * shape.num_parameters + head
+    layer = 2 * shape.layer_parameters
+    assert teacher("sharded", micro=2) == shape.num_parameters + head, "one micro-batch of each worker"
+    assert teacher("sharded", micro=1) == shape.num_parameters + head + layer, "the head stays over two"

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from buckets import put_sweep
 from planted import sweep
 
 from neo_ray.config import SweepConfig
 from neo_ray.loading import dump, plain
 from neo_ray.points import point_settings
-from neo_ray.records import TrialRecord, write_records
+from neo_ray.records import Journal, TrialRecord, load_records, write_records
 from neo_ray.searcher import open_study
 from neo_ray.settings import ConfigError
 from neo_ray.space import build_space
@@ -101,6 +102,27 @@ def test_a_sampler_begins_with_the_earlier_trials_that_fit_and_they_are_not_this
     assert [(t.state.name, t.value) for t in study.trials] == [("COMPLETE", 4.0), ("PRUNED", None)]
     assert study.trials[0].user_attrs["trial"].endswith("other/0000")
     assert settings_to_run(mine, space, [])[1] == 6
+
+
+def test_a_url_warms_a_sampler_as_its_folder_does(tmp_path: Path, scratch: Path) -> None:
+    folder = earlier(tmp_path / "other")
+    for record in load_records(folder):
+        Journal(folder).write("start", record.id, params=record.params, config=record.config, seed=record.seed)
+        for row in record.curve:
+            Journal(folder).write("report", record.id, row=row)
+        Journal(folder).write("end", record.id, state=record.state, metrics=record.metrics)
+    place = put_sweep(folder, f"memory://{tmp_path.name}/other")
+    mine = config(sampler={"name": "tpe", "num_trials": 6, "warm_start": [place.url]})
+    space = build_space(mine)
+    (warm,) = warm_trials(mine, space)
+    assert [r.id for r in warm.records] == ["0000", "0001"] and "; 3 are left out" in warm.text
+    check_same_models(mine, SOURCES)
+    with pytest.raises(ConfigError, match=r"sampler\.warm_start\.0: memory://.*other is of another data\.source"):
+        check_same_models(mine, {**SOURCES, "data.source": "abd"})
+    (place / "journal").remove()
+    assert warm_trials(mine, space) == [warm], "read once"
+    with pytest.raises(ConfigError, match=r"sampler\.warm_start\.0: memory://.*/none: holds no sweep"):
+        warm_trials(config(sampler={"warm_start": [f"memory://{tmp_path.name}/none"]}), space)
 
 
 def test_trials_of_other_settings_models_or_data_are_left_out_or_refused(tmp_path: Path) -> None:

@@ -76,3 +76,8 @@ def test_another_attempt_takes_a_failure_back(tmp_path: Path) -> None:
     journal.write("attempt", "0000")
     (record,) = fold(journal.events())
     assert (record.state, record.cause, record.error, record.attempts) == ("RUNNING", None, None, 2)
+    journal.write("attempt", "0000", cause="preempted", message="its node is gone")
+    journal.write("attempt", "0000")
+    (record,) = fold(journal.events())
+    assert [lost["cause"] for lost in record.lost_attempts] == ["error", "preempted", "interrupted"], "each has its cause"
+    assert [lost["message"] for lost in record.lost_attempts] == ["no weights", "its node is gone", None]

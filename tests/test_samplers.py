@@ -14,10 +14,10 @@ from neo_ray.cautions import cautions
 from neo_ray.config import SweepConfig
 from neo_ray.phases import phases_of
 from neo_ray.records import TrialRecord
-from neo_ray.searcher import open_study, study_of, study_state
+from neo_ray.searcher import StudySearch, open_study, study_of, study_state
 from neo_ray.settings import ConfigError
 from neo_ray.space import build_space
-from neo_ray.trials import setting_key
+from neo_ray.trials import fail_everywhere, setting_key
 
 SEARCH = {
     "rank": {"choice": [4, 8, 16]},
@@ -159,3 +159,45 @@ def test_a_sequence_goes_on_from_phase_to_phase(tmp_path: Path) -> None:
         later.append(exploit.space.define(asked)["learning_rate"])
         study.tell(asked, 4.0)
     assert later == whole[8:]
+
+
+@pytest.mark.parametrize("name", ["random", "tpe"])
+def test_a_setting_that_fails_everywhere_is_not_tried_again_while_there_is_another(tmp_path: Path, name: str) -> None:
+    """One failed under an earlier driver, one does now; a space that has no other is no dead end."""
+    where = config(tmp_path, name).model_copy(update={"search": sweep(search={"rank": {"choice": [4, 8, 16]}}).search})
+    space = build_space(where)
+    before = [TrialRecord(id="0000", state="FAILED", cause="out_of_memory", params={"rank": 4})]
+    study, begun = open_study(where, space, before), list[tuple[str, Params]]()
+    search = StudySearch(
+        where,
+        space,
+        study,
+        [],
+        next_id=lambda: f"{len(begun) + 1:04d}",
+        on_start=lambda trial, params, seed: begun.append((trial, params)),
+        records=before,
+    )
+    for number in range(24):
+        assert search.suggest(f"tune-{number}") is not None
+        failed = begun[-1][1]["rank"] == 8
+        end = {"state": "FAILED", "cause": "error"} if failed else {"state": "COMPLETE", "select_ce": 4.0}
+        search.on_trial_complete(f"tune-{number}", end)
+    ranks = [params["rank"] for _, params in begun]
+    assert len(ranks) == 24 and 4 not in ranks and ranks.count(8) <= 1
+    assert len(ranks) == len({trial for trial, _ in begun}), "who is asked again takes no number"
+
+    alone = [
+        TrialRecord(id=f"{n:04d}", state="FAILED", cause="error", params={"rank": rank}) for n, rank in enumerate((4, 8, 16))
+    ]
+    asked = StudySearch(where, space, open_study(where, space, alone), [], lambda: "0003", lambda *_: None, records=alone)
+    assert asked.suggest("tune") is not None
+
+
+def test_what_failed_for_another_reason_or_once_went_well_may_be_tried_again() -> None:
+    def record(state: Any, cause: Any, rank: int) -> TrialRecord:
+        return TrialRecord(id="x", state=state, cause=cause, params={"rank": rank})
+
+    passing = [record("FAILED", cause, rank) for rank, cause in enumerate(("diverged", "preempted", "storage"))]
+    assert fail_everywhere(passing) == set()
+    once = [record("FAILED", "error", 4), record("FAILED", "error", 8), record("COMPLETE", None, 8), record("RUNNING", None, 4)]
+    assert fail_everywhere(once) == {setting_key({"rank": 4})}

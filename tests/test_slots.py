@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -156,6 +157,7 @@ def test_a_slot_whose_workers_find_targets_damaged_has_them_mended_before_it_beg
     monkeypatch: pytest.MonkeyPatch, keeper: Any, mendable: bool
 ) -> None:
     monkeypatch.setattr(cluster, "was_preempted", lambda error, nodes: False)
+    monkeypatch.setattr(slot, "PAUSES_SECONDS", ())
     happened: list[str] = []
 
     def mend() -> None:
@@ -177,6 +179,7 @@ def test_a_slot_whose_workers_find_targets_damaged_has_them_mended_before_it_beg
 
 def test_another_death_has_nothing_mended(monkeypatch: pytest.MonkeyPatch, keeper: Any) -> None:
     monkeypatch.setattr(cluster, "was_preempted", lambda error, nodes: False)
+    monkeypatch.setattr(slot, "PAUSES_SECONDS", ())
 
     def fit() -> None:
         raise WorkerGroupError("x", {0: RuntimeError("Damaged")})
@@ -185,6 +188,81 @@ def test_another_death_has_nothing_mended(monkeypatch: pytest.MonkeyPatch, keepe
     runner._trainer = lambda: SimpleNamespace(fit=fit)  # type: ignore[method-assign]
     runner.run()
     assert runner.broken and runner.error == "Damaged"
+
+
+def deaths(monkeypatch: pytest.MonkeyPatch, keeper: Any, story: Callable[[int], None]) -> tuple[SlotRunner, list[str]]:
+    """A slot whose workers die each time they begin; `story`: what they do before, given how often they have begun."""
+    monkeypatch.setattr(cluster, "was_preempted", lambda error, nodes: False)
+    monkeypatch.setattr(slot, "PAUSES_SECONDS", ())
+    begun: list[str] = []
+
+    def fit() -> None:
+        begun.append("begun")
+        story(len(begun))
+        raise WorkerGroupError("x", {0: RuntimeError("SIGSEGV")})
+
+    runner = SlotRunner(SlotJob(0, "board", None, "folder", 60), None, keeper.board, keeper.said.append)  # type: ignore[arg-type]
+    runner._trainer = lambda: SimpleNamespace(fit=fit)  # type: ignore[method-assign]
+    runner.run()
+    return runner, begun
+
+
+def test_a_trial_that_kills_its_workers_is_given_up_before_its_place_is(monkeypatch: pytest.MonkeyPatch, keeper: Any) -> None:
+    """`max_failures` is larger than what a place is given. After that trial its workers die without any."""
+    board = Board(5)
+    keeper.board = Called(board)
+    submit(keeper, 1)
+    runner, begun = deaths(monkeypatch, keeper, lambda time: asyncio.run(board.take(0)) if board.queue else None)
+    (end,) = (item for item in board.items["0000"] if item["kind"] == "end")
+    assert end["state"] == "FAILED" and "died 6 times" in end["error"]
+    assert runner.broken and len(begun) == 6 + slot.MAX_RESTARTS_IN_A_ROW, "six of the trial count as one of the place"
+
+
+def test_a_place_where_every_trial_dies_is_given_up_before_it_has_failed_them_all(
+    monkeypatch: pytest.MonkeyPatch, keeper: Any
+) -> None:
+    board = Board(0)
+    keeper.board = Called(board)
+    submit(keeper, 20)
+    runner, begun = deaths(monkeypatch, keeper, lambda time: asyncio.run(board.take(0)) and None)
+    assert runner.broken and len(begun) == 1 + slot.MAX_RESTARTS_IN_A_ROW
+    assert sum(item["kind"] == "end" for item in board.log) == len(begun)
+
+
+def test_a_place_that_brings_trials_to_their_end_is_not_given_up(monkeypatch: pytest.MonkeyPatch, keeper: Any) -> None:
+    board = Board(0)
+    keeper.board = Called(board)
+    submit(keeper, 20)
+
+    def story(time: int) -> None:
+        if time < 10:
+            trial, _ = asyncio.run(board.take(0))
+            asyncio.run(board.finish(0, trial, {"state": "COMPLETE"}))
+
+    assert len(deaths(monkeypatch, keeper, story)[1]) == 9 + slot.MAX_RESTARTS_IN_A_ROW
+
+
+def test_the_place_of_a_slot_that_broke_is_tried_again_later_and_later_while_another_lives(
+    monkeypatch: pytest.MonkeyPatch, keeper: Any
+) -> None:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(slots.time, "monotonic", lambda: clock.now)
+    submit(keeper, 5)
+    keeper.keep()
+    keeper.runners[0].end(broken=True)
+    for replaced_by, pause in ((2, slots.PAUSE_SECONDS), (3, 2 * slots.PAUSE_SECONDS)):
+        keeper.keep()
+        clock.now += pause - 1
+        keeper.keep()
+        assert numbers(keeper) == [1] and keeper.room == 1
+        clock.now += 1
+        keeper.keep()
+        assert numbers(keeper) == [1, replaced_by] and keeper.room == 2 and keeper.given_up is None
+        keeper.runners[-1].end(broken=True)
+    keeper.runners[1].end(broken=True)
+    clock.now += 10**6
+    keeper.keep()
+    assert numbers(keeper) == [] and keeper.given_up == "no weights", "nobody lives who would show that it has passed"
 
 
 def test_a_death_with_its_node_is_told_from_another(monkeypatch: pytest.MonkeyPatch) -> None:

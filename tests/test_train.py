@@ -123,6 +123,8 @@ def test_every_method_trains(sources: Sources, method: str) -> None:
 def test_a_stop_is_seen_between_steps(sources: Sources) -> None:
     _, outcome = run(sources, a_trial(steps=12), should_stop=lambda: Stop.PRUNED)
     assert outcome.state == "PRUNED" and outcome.totals["steps"] == 1
+    rows, outcome = run(sources, a_trial(steps=4), should_stop=lambda: Stop.PRUNED)
+    assert outcome.totals["steps"] == 1 and not rows, "a trial that was given up is not evaluated once more"
 
 
 def test_an_interrupted_trial_goes_on_from_the_step_it_was_in(sources: Sources, tmp_path: Path) -> None:

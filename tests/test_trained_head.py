@@ -1,6 +1,6 @@
-"""Does a trained head get the dense gradient where ZeRO-3 has cut it, without logits of all positions ever being made?
+"""Does a head give and get the dense gradient where ZeRO-3 has cut it, without logits of all positions ever being made?
 
-Kinds of heads: trained with all else, tied or not, with a bias; as peft's trained copy; with a branch of its own.
+Kinds of heads: trained with all else, tied or not, with a bias; as peft's trained copy; with a branch of its own; frozen.
 """
 
 from __future__ import annotations
@@ -58,6 +58,9 @@ KINDS = {
     "MoSLoRA": Kind(lora=on_head(variant="moslora")),
     "PiSSA": Kind(lora=on_head(variant="pissa")),
 }
+FROZEN = {"frozen": Kind(), "frozen, tied, bias": Kind(tied=True, bias=True)}
+"""Heads that the loss reads and nothing trains."""
+ALL = KINDS | FROZEN
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,11 @@ class Found:
     most_rows: int
     """Of any tensor as wide as the vocabulary."""
     fetches: int
-    """Of the head, in all steps."""
+    """Of the head as a module that is called, in all steps."""
+    gathers: int
+    """Of the head by name, in all steps."""
+    left_whole: int
+    """Numbers of a cut head that were there after a step."""
     scores: tuple[float, float]
     """CE and KL."""
 
@@ -115,20 +122,27 @@ class MostRows(TorchDispatchMode):
 
 @contextmanager
 def counting_fetches(layer: Any) -> Iterator[list[int]]:
+    """[fetches, gathers] of a layer, as they come."""
+    from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
 
-    counts, fetch = [0], Coordinator.fetch_sub_module
+    counts, fetch, enter = [0, 0], Coordinator.fetch_sub_module, GatheredParameters.__enter__
 
     def counted(self: Any, current_submodule: Any, forward: bool) -> None:
         inside = any(current_submodule is module for module in layer.modules())
         counts[0] += inside and any(True for _ in current_submodule.parameters())
         fetch(self, current_submodule, forward)
 
-    Coordinator.fetch_sub_module = counted
+    def entered(self: Any) -> None:
+        own = {id(parameter) for parameter in layer.parameters()}
+        counts[1] += self.enabled and any(id(parameter) in own for parameter in self.params)
+        enter(self)
+
+    Coordinator.fetch_sub_module, GatheredParameters.__enter__ = counted, entered
     try:
         yield counts
     finally:
-        Coordinator.fetch_sub_module = fetch
+        Coordinator.fetch_sub_module, GatheredParameters.__enter__ = fetch, enter
 
 
 def take(kind: Kind, stage: int, workers: int) -> Found:
@@ -140,23 +154,25 @@ def take(kind: Kind, stage: int, workers: int) -> Found:
     teacher = make_llama(4, seed=1).requires_grad_(False)
     parts = Parts(sources, (), student.model, teacher, TokenData(Path(), "made", {}, {"train": split}), CPU, torch.float32)
     plan = plan_steps(split.num_tokens, split.num_labels, trial.training, 1, 0)
-    gradients = []
-    with chunks_of(ROWS), MostRows() as most, counting_fetches(models.head_layer(student.model)) as fetches:
+    gradients, left = [], 0
+    layer = models.head_layer(student.model)
+    with chunks_of(ROWS), MostRows() as most, counting_fetches(layer) as fetches:
         for _ in range(STEPS):
             with gradient_of(engine, trained) as gradient:
                 train.optimizer_step(engine, trial, parts, split, plan, step=0, rate=0.0)
             gradients.append(gradient)
+            left += sum(parameter.numel() for parameter in layer.parameters() if hasattr(parameter, "ds_id"))
     with chunks_of(ROWS):
         scores = evaluate(student.predict, parts, "train", EvaluationConfig(batch_size=2))
     engine.destroy()
     assert scores.kl is not None
-    return Found(gradients, most.rows, fetches[0], (scores.ce, scores.kl))
+    return Found(gradients, most.rows, *fetches, left, (scores.ce, scores.kl))
 
 
 @functools.cache
 def dense(name: str) -> tuple[dict[str, torch.Tensor], tuple[float, float]]:
     """The gradient of whole logits in float64, one example after another, and the scores."""
-    student, teacher = make_student(KINDS[name]).double(), make_llama(4, seed=1).double()
+    student, teacher = make_student(ALL[name]).double(), make_llama(4, seed=1).double()
     trained, count = adapters.trained_parameters(student), 0
     total, ce, kl = (torch.zeros((), dtype=torch.float64) for _ in range(3))
     for ids_L, labels_L in examples():
@@ -177,7 +193,7 @@ def dense(name: str) -> tuple[dict[str, torch.Tensor], tuple[float, float]]:
 def work(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     with process_group(CPU, rank, 2, folder / "meeting"):
-        found = {name: take(kind, 3, 2) for name, kind in KINDS.items()}
+        found = {name: take(kind, 3, 2) for name, kind in ALL.items()}
     if rank == 0:
         torch.save(found, folder / "found")
 
@@ -193,15 +209,15 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
 @pytest.fixture(scope="module")
 def alone() -> Iterator[dict[str, Found]]:
     with process_group(CPU):
-        yield {name: take(kind, 0, 1) for name, kind in KINDS.items()}
+        yield {name: take(kind, 0, 1) for name, kind in ALL.items()}
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ALL)
 def test_two_workers_that_share_the_head_have_the_dense_gradient(
     together: dict[str, Found], alone: dict[str, Found], name: str
 ) -> None:
     found, (gradient, scores) = together[name], dense(name)
-    assert any("head" in key or "embed" in key for key in gradient)
+    assert any("head" in key or "embed" in key for key in gradient) == (name in KINDS)
     for (step, ours), theirs in itertools.product(enumerate(found.gradients), (gradient, alone[name].gradients[0])):
         assert ours.keys() == theirs.keys()
         for key in theirs:
@@ -210,7 +226,7 @@ def test_two_workers_that_share_the_head_have_the_dense_gradient(
     assert found.scores == pytest.approx(scores, rel=1e-4) and found.scores == pytest.approx(alone[name].scores, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ALL)
 def test_no_more_logits_than_a_chunk_s_are_made(together: dict[str, Found], alone: dict[str, Found], name: str) -> None:
     assert alone[name].most_rows == together[name].most_rows == ROWS
 
@@ -218,4 +234,11 @@ def test_no_more_logits_than_a_chunk_s_are_made(together: dict[str, Found], alon
 @pytest.mark.parametrize("name", KINDS)
 def test_the_head_is_gathered_once_forward_and_once_backward(together: dict[str, Found], name: str) -> None:
     """Twice a micro-batch of each of two in a step, however many chunks there are."""
-    assert together[name].fetches == STEPS * 2 * 2
+    assert (together[name].fetches, together[name].gathers) == (STEPS * 2 * 2, 0)
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_a_frozen_head_is_gathered_once_a_step(together: dict[str, Found], alone: dict[str, Found], name: str) -> None:
+    """Whole for both micro-batches, however many chunks there are, and cut again when the step is done."""
+    assert (together[name].fetches, together[name].gathers, together[name].left_whole) == (0, STEPS, 0)
+    assert alone[name].gathers == 0, "whole as it is"
