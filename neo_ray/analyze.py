@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from neo_ray.report import Analysis
 
 SCHEMA_VERSION = 1
-MAX_ROWS = 40
-"""Trials on the screen; report.md has all."""
 WIDTH_OF_A_LOG = 120
 """Columns where the output is no terminal, which has no width of its own."""
 
@@ -36,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m neo_ray.analyze",
         description="Guidelines and report from a sweep's records, or from somebody else's table of trials.",
+        epilog="exit codes: 0 written, also where nothing can be concluded; 2 no trials to read, a mistake in the command, or "
+        "files that cannot be written; 130 interrupted",
     )
     parser.add_argument(
         "path",
@@ -58,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(asked: argparse.Namespace) -> None:
     from rich.console import Console
 
+    from neo_ray.screen import show, show_files
+
     console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH_OF_A_LOG)
     try:
         found = [(path, *pair) for path in asked.path for pair in _analyses(path, asked)]
@@ -68,10 +70,12 @@ def _run(asked: argparse.Namespace) -> None:
         written = _written(analysis, place, asked.figures)
         if asked.out is None and not analysis.name:
             uploads.publish(at(path), *(str(file.relative_to(place)) for file in written))
-        for file in written:
-            console.print(str(file), markup=False, soft_wrap=True)
+        show_files(written, place, console)
     if len(found) > 1:
-        _section(console, "Side by side", side_by_side([analysis for _, analysis, _ in found]))
+        analyses = [analysis for _, analysis, _ in found]
+        verdicts = side_by_side(analyses)
+        _section(console, "Side by side", verdicts)
+        _pool(analyses, verdicts, _common_place(asked), console)
 
 
 def _analyses(path: str, asked: argparse.Namespace) -> list[tuple[Analysis, Path]]:
@@ -110,6 +114,28 @@ def _written(analysis: Analysis, place: Path, figures: bool) -> list[Path]:
     return written
 
 
+def _common_place(asked: argparse.Namespace) -> Path:
+    """Of what is said of several analyses together: `--out`, else with the groups of one table, else `results/` here."""
+    from neo_ray.foreign import place_of
+
+    return asked.out or (Path("results") if len(asked.path) > 1 else place_of(asked.path[0]))
+
+
+def _pool(analyses: Sequence[Analysis], verdicts: Sequence[str], place: Path, console: Console) -> None:
+    """Effects over several analyses, on the screen and as `pooled.md` and `pooled.json`."""
+    from neo_ray.pooling import pooled, pooled_lines, pooled_markdown
+    from neo_ray.screen import show_files
+
+    found = pooled(analyses)
+    lines = pooled_lines(analyses, found)
+    _section(console, "Pooled over studies", lines)
+    data = {"lines": lines, "pooled": [asdict(each) for each in found]}
+    texts = {"pooled.md": pooled_markdown(lines, verdicts), "pooled.json": _dumped(data)}
+    for name, text in texts.items():
+        write_atomically(place / name, text)
+    show_files([place / name for name in texts], place, console)
+
+
 def side_by_side(analyses: Sequence[Analysis]) -> list[str]:
     """A line a question that several groups of trials were asked, with the verdict in each."""
     asked: dict[str, list[str]] = {}
@@ -128,9 +154,9 @@ def analyse(path: str | Path) -> Analysis:
     """
     path = Path(path).expanduser()
     folder = path if path.is_dir() else path.parent
-    records = _records(path)
+    records, unread = _records(path)
     sweep, notes = _sweep(folder)
-    analysis = _analysis(records, sweep, folder, notes)
+    analysis = _analysis(records, sweep, folder, [*notes, *unread])
     return replace(analysis, notes=(*analysis.notes, *_teacher(folder, records)))
 
 
@@ -142,29 +168,38 @@ def _analysis(
     objective: tuple[str, str] = ("select_ce", "min"),
     name: str = "",
 ) -> Analysis:
+    from neo_ray.crosscheck import cross_check
     from neo_ray.effects import effects_of
     from neo_ray.evidence import for_laws, gather
     from neo_ray.guidelines import guidelines_of
+    from neo_ray.hypotheses import fitted
+    from neo_ray.matrix import rank_by_learning_rate
     from neo_ray.report import Analysis
-    from neo_ray.statistics import rank_by_learning_rate
+    from neo_ray.scores import of_results
+    from neo_ray.upcoming import upcoming
 
-    evidence = gather(records, sweep, objective)
+    evidence = replace(gather(records, sweep, objective), scores=of_results(folder, records) if folder.is_dir() else {})
     laws = for_laws(evidence)
-    effects = effects_of(laws.frame, laws.axes, laws.metric, laws.mode)
+    effects, found = effects_of(laws.frame, laws.axes, laws.metric, laws.mode), fitted(evidence)
+    guidelines = tuple(guidelines_of(evidence, effects, found))
     return Analysis(
         folder=folder,
         evidence=evidence,
-        guidelines=tuple(guidelines_of(evidence, effects)),
+        guidelines=guidelines,
         matrix=rank_by_learning_rate(laws.frame, evidence.metric, evidence.mode),
         notes=(*notes, *_notes(evidence)),
         effects=effects,
         name=name,
+        found=found,
+        check=cross_check(found.surface) if found.surface is not None and found.surface.trusted else None,
+        upcoming=upcoming(evidence, guidelines, found),
     )
 
 
 def write(analysis: Analysis, folder: str | Path) -> list[Path]:
-    """Write `trials.jsonl`, `guidelines.json`, `report.md`, `report.html`, and `best.yaml` where sweep file and winner are known.
+    """Write `trials.jsonl`, `guidelines.json`, `report.md`, `report.html`; with a sweep file `best.yaml` and `next.yaml`, too.
 
+    What has no room in `next.yaml` is in `next-2.yaml`, and so on; those of an analysis before go.
     `trials.jsonl` is left alone where it is what the records were read from.
     """
     from neo_ray.page import page
@@ -178,23 +213,27 @@ def write(analysis: Analysis, folder: str | Path) -> list[Path]:
             texts["best.yaml"] = best_yaml(sweep, best)
         except ConfigError as error:
             texts["report.md"] += f"\nbest.yaml was not written: the config of trial {best.id} is not valid: {error}\n"
+    texts |= {each.file: each.text for each in analysis.upcoming}
     elsewhere = folder.resolve() != analysis.folder.resolve()
     if elsewhere or any(True for _ in Journal(folder).events()):
         write_records(folder, records)
     for name, text in texts.items():
         write_atomically(folder / name, text)
+    _remove_answered(folder, texts)
     return [path for name in ("trials.jsonl", *texts) if (path := folder / name).exists()]
 
 
-def guidelines_json(analysis: Analysis) -> str:
-    """`guidelines.json`, schema version 1.
+def _remove_answered(folder: Path, written: Collection[str]) -> None:
+    """Sweep files of an analysis before, whose questions are decided or stand in another file."""
+    for path in folder.glob("next*.yaml"):
+        if path.name not in written and path.read_text(encoding="utf-8").startswith(f"# {path.name}:\n"):
+            path.unlink()
 
-    schema_version; generated_from: folder, sweep, metric, mode, number of trials by state; noise: standard deviation of a run
-    with its interval, or null; best: trial, value, params, margin; confirmed: `Confirmed`, where there is one;
-    front: a list of `Member`, where there are several objectives; guidelines: a list of `Guideline`, fields as documented
-    there. What is not known is null; a NaN is never written.
-    """
+
+def guidelines_json(analysis: Analysis) -> str:
+    """`guidelines.json`, as guidelines.schema.json documents it. What is not known is null; a NaN is never written."""
     from neo_ray.confirmed import confirmed
+    from neo_ray.law_text import law_data
     from neo_ray.pareto import front_of
 
     evidence, best = analysis.evidence, analysis.best
@@ -213,39 +252,12 @@ def guidelines_json(analysis: Analysis) -> str:
         "best": {**asdict(evidence.best), "params": best.params} if evidence.best and best else None,
         **({"confirmed": asdict(fresh)} if fresh else {}),
         **({"front": [asdict(member) for member in front_of(evidence.records, several)[0]]} if several else {}),
+        "aspects": {aspect.name: asdict(aspect.found) for aspect in analysis.aspects.values()},
+        **law_data(analysis.found, analysis.check),
         "notes": analysis.notes,
         "guidelines": [asdict(guideline) for guideline in analysis.guidelines],
     }
-    return json.dumps(_json(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def show(analysis: Analysis, console: Console) -> None:
-    """The findings on a console: table, best setting, guidelines, notes."""
-    from rich.padding import Padding
-    from rich.text import Text
-
-    from neo_ray.pareto import front_lines, front_trials
-    from neo_ray.phase_text import confirmed_lines, phase_lines
-    from neo_ray.report import best_lines, evidence_line, legend, noise_line, render_table, trials_table
-
-    evidence = analysis.evidence
-    columns, rows = trials_table(evidence.records, evidence.metric, evidence.mode, front_trials(evidence))
-    render_table(columns, rows[:MAX_ROWS], console)
-    more = f"{len(rows) - MAX_ROWS} more trials are in report.md. " if len(rows) > MAX_ROWS else ""
-    console.print(Text(f"{more}{legend(columns)}", style="dim"))
-    _section(console, "Phases", phase_lines(evidence))
-    _section(console, "Best setting", best_lines(analysis))
-    _section(console, "Confirmed", confirmed_lines(evidence))
-    _section(console, "Pareto front", front_lines(evidence))
-    console.print(Text("\nGuidelines" if analysis.guidelines else "", style="bold"))
-    styles = {"supported": "green", "refuted": "red", "undecided": "yellow"}
-    for guideline in analysis.guidelines:
-        console.print(Text.assemble((guideline.verdict, styles[guideline.verdict]), f"  {guideline.claim}"))
-        behind = [evidence_line(guideline) if guideline.effect is not None else "", guideline.note]
-        if any(behind):
-            console.print(Padding(Text("; ".join(filter(None, behind)), style="dim"), (0, 0, 0, 4), expand=False))
-    _section(console, "Notes", [*analysis.notes, noise_line(evidence)])
-    console.print()
+    return _dumped(data)
 
 
 def _section(console: Console, title: str, lines: Sequence[str]) -> None:
@@ -257,13 +269,18 @@ def _section(console: Console, title: str, lines: Sequence[str]) -> None:
         console.print(Text(line))
 
 
-def _records(path: Path) -> list[TrialRecord]:
+def _records(path: Path) -> tuple[list[TrialRecord], list[str]]:
+    """The records, and how much of the file is none."""
+    unread: list[Any] = []
     try:
-        return load_records(path)
+        records = load_records(path, unread)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: an event of the journal is not one of neo_ray's ({type(error).__name__}: {error})") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    lines = f"{len(unread)} line{'s' if len(unread) > 1 else ''}"
+    torn = "a line that is being written, or that a crash tore, is such a one"
+    return records, [f"{lines} of the records could not be read, and tell nothing ({torn})."] if unread else []
 
 
 def _sweep(folder: Path) -> tuple[SweepConfig | None, list[str]]:
@@ -289,11 +306,13 @@ def _states(records: Sequence[TrialRecord]) -> dict[str, int]:
 def _notes(evidence: Evidence) -> list[str]:
     """How many trials are in which state, what diverged, and which axes nothing can be said of."""
     from neo_ray.evidence import constant_axes, number
-    from neo_ray.startup import lost_attempts_line, startup_line
+    from neo_ray.startup import lost_attempts_line, startup_line, stops_line
 
     states = _states(evidence.records)
     counts = ", ".join(f"{count} {state}" for state, count in states.items())
-    notes = [f"{len(evidence.records)} trials: {counts}. Effects come from the COMPLETE ones alone."]
+    lost = any(record.state == "FAILED" and record.cause == "diverged" for record in evidence.records)
+    whose = "the COMPLETE ones and those that diverged" if lost else "the COMPLETE ones alone"
+    notes = [f"{len(evidence.records)} trials: {counts}. Effects come from {whose}."]
     if "RUNNING" in states:
         notes.append("The sweep is not finished: all of this may change.")
     diverged = evidence.frame[evidence.frame["diverged"].astype(bool)]
@@ -302,7 +321,7 @@ def _notes(evidence: Evidence) -> list[str]:
     bucketed = sum(record.details.get("targets") == "topk" for record in evidence.records)
     if bucketed:
         notes.append(f"{bucketed} trials had targets.mode topk, which is biased: {BIAS}.")
-    notes += filter(None, (lost_attempts_line(evidence.records), startup_line(evidence.records)))
+    notes += filter(None, (line(evidence.records) for line in (lost_attempts_line, startup_line, stops_line)))
     constant = constant_axes(evidence).items()
     return [*notes, *(f"{name} is {number(value)} in every trial: nothing can be said of it." for name, value in constant)]
 
@@ -328,6 +347,10 @@ def _divergence(evidence: Evidence, count: int) -> str:
         return f"{text}."
     highest = f"; the highest learning rate of those that did not: {number(fine.max())}" if len(fine) else ""
     return f"{text}, at learning rates {number(rates.min())} to {number(rates.max())}{highest}."
+
+
+def _dumped(data: dict[str, Any]) -> str:
+    return json.dumps(_json(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _json(value: Any) -> Any:

@@ -92,6 +92,8 @@ class Bars:
     x: tuple[float, ...]
     length: tuple[float, ...]
     hover: tuple[str, ...] = ()
+    thick: float = 0.62
+    """Of the distance between two rows."""
 
 
 @dataclass(frozen=True)

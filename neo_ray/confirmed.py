@@ -66,7 +66,7 @@ def with_all_seeds(records: Sequence[TrialRecord], sweep: SweepConfig | None, me
     """
     ran = _by_setting(records)
     whole = {key: _complete(runs, metric) for key, runs in ran.items() if all(r.cause != "diverged" for r in runs)}
-    reference, found = _reference_key(sweep), dict[tuple[Any, ...], dict[str, list[TrialRecord]]]()
+    reference, found = reference_key(sweep), dict[tuple[Any, ...], dict[str, list[TrialRecord]]]()
     for seeds in _shared(whole.values()):
         group = {key: [runs[seed] for seed in sorted(seeds)] for key, runs in whole.items() if set(runs) >= seeds}
         last = max(run.id for runs in group.values() for run in runs)
@@ -109,7 +109,7 @@ def confirmed(records: Sequence[TrialRecord], sweep: SweepConfig | None, metric:
         return None
     sign = 1 if mode == "max" else -1
     best = max(groups, key=lambda key: sign * fmean(_values(groups[key], metric)))
-    theirs = groups.get(_reference_key(sweep) or "")
+    theirs = groups.get(reference_key(sweep) or "")
     ours = groups[best]
     seeds = tuple(r.seed for r in ours)
     others = [runs for key, runs in _by_setting(records).items() if key not in groups]
@@ -155,7 +155,7 @@ def samplers_of(sweep: SweepConfig) -> dict[str, str]:
     return {phase.name or "": phase.config.sampler.name for phase in phases if not phase.seeds}
 
 
-def _reference_key(sweep: SweepConfig | None) -> str | None:
+def reference_key(sweep: SweepConfig | None) -> str | None:
     try:
         phases = phases_of(sweep) if sweep is not None else ()
     except ConfigError:

@@ -13,30 +13,30 @@ from plotly.subplots import make_subplots
 from neo_ray.charts import Band, Bars, Cells, Chart, Layer, Lines, Panel, Points, Role, Scale, Span, Texts
 
 COLOURS: dict[Role, str] = {
-    "COMPLETE": "#2f7fc1",
+    "COMPLETE": "#6568b2",
     "PRUNED": "#d08700",
-    "FAILED": "#6d4c41",
-    "RUNNING": "#00897b",
-    "best": "#c2185b",
+    "FAILED": "#684739",
+    "RUNNING": "#14a27b",
+    "best": "#ec2965",
     "fit": "#333a41",
-    "region": "#1a8f72",
-    "quiet": "#868e98",
+    "region": "#0e748d",
+    "quiet": "#8c97a6",
     "fifth0": "#08519c",
     "fifth1": "#3182bd",
     "fifth2": "#6baed6",
     "fifth3": "#a8c5e0",
     "fifth4": "#cfd4da",
 }
-"""Told apart by the colour-blind, too (blue, orange, brown, teal, magenta of unlike lightness)."""
+"""Any two but fifths that are not neighbours differ by 12 or more in CIELAB, to the colour-blind, too."""
 ON_DARK: dict[Role, str] = {
-    "COMPLETE": "#6db3f2",
+    "COMPLETE": "#7eb0eb",
     "PRUNED": "#ffb74d",
-    "FAILED": "#c8a090",
-    "RUNNING": "#4dd0b8",
-    "best": "#ff6fa5",
+    "FAILED": "#bb937d",
+    "RUNNING": "#5ccfb2",
+    "best": "#d84985",
     "fit": "#e6e8ea",
-    "region": "#3fd0aa",
-    "quiet": "#8b949f",
+    "region": "#66ffbd",
+    "quiet": "#8999ac",
     "fifth0": "#ffd166",
     "fifth1": "#8ecae6",
     "fifth2": "#5fa8d3",
@@ -46,7 +46,7 @@ ON_DARK: dict[Role, str] = {
 """The same on a dark page."""
 SHADES = ("#f0f6fc", "#b5d3e9", "#5b9dcd", "#2166ac", "#0a2f5e")
 """Of a matrix, from worse to better: readable in grey, and on light and dark pages alike."""
-NO_VALUE = "#b9bec4"
+NO_VALUE = "#c4b9a8"
 PAPER, DARK_PAPER = "#fffffe", "#14181c"
 """Behind a label that lies on lines; that of a dark page is page.css's."""
 ON_SHADES = ("#0d1b2a", "#fdfdfd")
@@ -196,7 +196,7 @@ def _span(layer: Span) -> list[go.Scatter]:
 
 
 def _bars(layer: Bars) -> list[go.Bar]:
-    given = {"orientation": "h", "base": layer.x, "x": layer.length, "y": layer.y, "width": 0.62}
+    given = {"orientation": "h", "base": layer.x, "x": layer.length, "y": layer.y, "width": layer.thick}
     pattern = {"shape": {"PRUNED": "/", "FAILED": "x"}.get(layer.role, ""), "solidity": 0.3}
     marker = {"color": COLOURS[layer.role], "line": {"color": "#ffffff", "width": 1}, "pattern": pattern}
     return [go.Bar(name=layer.name, marker=marker, **given, **_hover(layer.hover))]

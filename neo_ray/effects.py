@@ -1,4 +1,4 @@
-"""What does one axis do? Its effect on a metric with an interval, from COMPLETE trials alone.
+"""What does one axis do? Its effect on a metric with an interval, from COMPLETE trials and those that diverged.
 
 The last value of a pruned trial is that of an early rung, so it tells no effect. Trials that differ in the seed alone are
 one setting, and enter a fit as one point, their mean. Effects are *gains*: positive is better, in units of the metric,
@@ -23,11 +23,12 @@ from neo_ray.statistics import (
     MIN_PER_LEVEL,
     column,
     complete,
-    gains_of,
     is_log,
     is_numeric,
+    judged,
     setting_of,
     sign_of,
+    unvalued,
 )
 
 MIN_TRIALS = 5
@@ -75,7 +76,13 @@ class AxisEffect:
     """Levels with too few trials to be compared."""
     adjusted_for: tuple[str, ...]
     num_capped: int
-    """Trials so much worse than the untrained student that their value was limited, lest one run decide the fit."""
+    """Trials worse than the untrained student, each of which counts as that, lest one run decide the fit."""
+    num_lost: int
+    """Trials that diverged without a value, each of which counts as that, too."""
+    failed: dict[str, int]
+    """Cause → trials that FAILED for it and have no value; those that diverged where no trial was COMPLETE."""
+    never: tuple[Any, ...]
+    """Values of an axis with few at which all trials FAILED."""
     by_run: bool
     """Too few settings for a fit of their means, so that each run counted on its own."""
     num_settings: int
@@ -101,9 +108,13 @@ def axis_effect(frame: pd.DataFrame, axis: str, metric: str, mode: str, others: 
     """
     if shortage(frame, axis, metric) is not None:
         return None
-    runs, left_out = _comparable(complete(frame, metric), axis)
-    gains, num_capped = gains_of(runs, metric, mode)
-    runs = runs.assign(gain=gains, setting=setting_of(runs, [axis, *others]))
+    known = judged(frame, metric, mode)
+    told = known[column(axis)].isin(
+        known[column(axis)][~known["lost"]]
+    )  # elsewhere it bounds the stable region, and bends a curve
+    runs, left_out = _comparable(known[told], axis)
+    outside = int((~told & known[column(axis)].notna()).sum())
+    runs = runs.assign(setting=setting_of(runs, [axis, *others]))
     groups = runs.groupby("setting", sort=False)
     points = groups.first().assign(gain=groups["gain"].mean())
     others = [other for other in others if other != axis]
@@ -116,7 +127,10 @@ def axis_effect(frame: pd.DataFrame, axis: str, metric: str, mode: str, others: 
         axis=axis,
         adjusted_for=fit.adjusted_for if fit else (),
         left_out=left_out,
-        num_capped=num_capped,
+        num_capped=int((runs["limited"] & ~runs["lost"]).sum()),
+        num_lost=int(runs["lost"].sum()),
+        failed=unvalued(frame[frame[column(axis)].notna()]) | ({"diverged": outside} if outside else {}),
+        never=tuple(_lost_levels(frame, axis)),
         by_run=by_run,
         num_settings=len(points),
         num_seeds=int(runs["seed"].nunique()),
@@ -329,6 +343,12 @@ def _spearman(points: pd.DataFrame, axis: str, sign: int, counts: dict[Any, int]
         "levels": (),
         "curve": (),
     }
+
+
+def _lost_levels(frame: pd.DataFrame, axis: str) -> list[Any]:
+    """Values whose trials have all FAILED, of an axis that is not continuous."""
+    groups = frame[frame[column(axis)].notna()].groupby(column(axis))["state"]
+    return [value for value, states in groups if (states == "FAILED").all()] if len(groups) <= MAX_LEVELS else []
 
 
 def _ends(draws: np.ndarray) -> tuple[float, float]:

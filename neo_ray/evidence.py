@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -12,6 +12,7 @@ import pandas as pd
 from neo_ray.config import SweepConfig
 from neo_ray.confirmed import samplers_of, unchosen, with_all_seeds
 from neo_ray.records import TrialRecord
+from neo_ray.scores import SuiteScores, called
 from neo_ray.searching import of_suite
 from neo_ray.settings import ConfigError
 from neo_ray.space import Space, build_space
@@ -29,6 +30,7 @@ from neo_ray.statistics import (
     table,
 )
 
+CPU_MEMORY = "on a CPU a worker's peak memory is that of its process, to which trials before have added"
 UNITS = {"ce": "nats per token", "kl": "nats per token", "bits_per_byte": "bits per byte"}
 
 
@@ -67,6 +69,22 @@ class Evidence:
     noise: Noise | None
     best: Best | None
     scope: Scope
+    scores: Mapping[str, SuiteScores] = field(default_factory=dict)
+    """Of a suite of benchmarks, item by item, where they are kept: trial → its own, `scores.STUDENT` → the untrained one's."""
+
+    @property
+    def on_cpu(self) -> bool:
+        """Was a trial run on a CPU? Then its memory is not its own."""
+        return any(str(record.details.get("device", "")).startswith("CPU") for record in self.records)
+
+    @property
+    def label(self) -> str:
+        """The metric as a sentence names it."""
+        return called(self.metric, self.records)
+
+    def named(self, metric: str) -> str:
+        """`select_ce (nats per token)`, `quickstart v2`."""
+        return f"{metric} ({unit_of(metric)})" if unit_of(metric) else called(metric, self.records)
 
 
 def gather(
@@ -91,7 +109,8 @@ def gather(
 def for_laws(evidence: Evidence) -> Evidence:
     """The evidence without the trials that a sampler chose, where there is a map: they would bias a law."""
     frame = unchosen(evidence.records, evidence.frame)
-    return replace(evidence, frame=frame, records=tuple(r for r in evidence.records if r.id in set(frame["id"])))
+    kept = set(frame["id"])
+    return replace(evidence, frame=frame, records=tuple(r for r in evidence.records if r.id in kept))
 
 
 def with_leaves(evidence: Evidence) -> tuple[pd.DataFrame, tuple[str, ...]]:
@@ -104,7 +123,7 @@ def with_leaves(evidence: Evidence) -> tuple[pd.DataFrame, tuple[str, ...]]:
     for axis in evidence.varied:
         leaf = space.axes[axis].leaf if space and axis in space.axes else axis
         groups.setdefault(leaf, []).append(column(axis))
-    merged = {column(leaf): frame[names].bfill(axis=1).iloc[:, 0] for leaf, names in groups.items() if len(names) > 1}
+    merged = {column(leaf): frame[names].bfill(axis=1).iloc[:, 0] for leaf, names in groups.items() if names != [column(leaf)]}
     return frame.assign(**merged), tuple(groups)
 
 
@@ -137,11 +156,6 @@ def unit_of(metric: str) -> str:
 def with_unit(text: str, metric: str) -> str:
     """`4.51 nats per token`."""
     return f"{text} {unit_of(metric)}".rstrip()
-
-
-def named(metric: str) -> str:
-    """`select_ce (nats per token)`."""
-    return f"{metric} ({unit_of(metric)})" if unit_of(metric) else metric
 
 
 def _space(sweep: SweepConfig | None) -> Space | None:
@@ -195,7 +209,10 @@ def _range_text(frame: pd.DataFrame, axis: str, space: Space | None) -> str:
 
 
 def _alpha_rule(records: Sequence[TrialRecord]) -> str | None:
-    """How the scaling of the low-rank branch moves with rank: the sign of a rank effect may depend on it."""
+    """How the scaling of the low-rank branch moves with rank: the sign of a rank effect may depend on it.
+
+    One scaling at every rank is one rule, however it is divided; else rsLoRA, which divides by the rank's root, is another rule.
+    """
     rows = []
     for record in records:
         lora = record.config.get("lora")
@@ -211,7 +228,19 @@ def _alpha_rule(records: Sequence[TrialRecord]) -> str | None:
     ranks, alphas, scalings = (sorted(set(values)) for values in zip(*rows, strict=True))
     if len(scalings) == 1:
         return f"scaling {number(scalings[0])} at every rank"
-    span = f"scaling {number(scalings[0])} to {number(scalings[-1])}"
+    span = f"{_divided(rows)}, scaling {number(scalings[0])} to {number(scalings[-1])}"
     if len(alphas) == 1:
-        return f"alpha {number(alphas[0])} at every rank, {span}"
-    return f"alpha and rank vary separately, {span}" if len(ranks) > 1 else f"rank {number(ranks[0])}, {span}"
+        return f"alpha {number(alphas[0])} at every rank{span}"
+    return f"alpha and rank vary separately{span}" if len(ranks) > 1 else f"rank {number(ranks[0])}{span}"
+
+
+def _divided(rows: Sequence[tuple[float, float, float]]) -> str:
+    """By what alpha is divided, where that is not the rank (rows of rank, alpha, scaling)."""
+    told = [row for row in rows if row[0] > 1]
+    over_rank = [math.isclose(scaling * rank, alpha, rel_tol=1e-6) for rank, alpha, scaling in told]
+    over_root = [math.isclose(scaling * math.sqrt(rank), alpha, rel_tol=1e-6) for rank, alpha, scaling in told]
+    if all(over_rank):
+        return ""
+    if all(over_root):
+        return " over the root of the rank (rsLoRA)"
+    return " over the rank or its root (rsLoRA)" if all(map(max, over_rank, over_root)) else " with a scaling of its own"

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from neo_ray.mistakes import guess
 from neo_ray.records import State, TrialRecord
+from neo_ray.statistics import COLUMNS
+from neo_ray.trials import setting_key
 
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 DATABASES = ("sqlite", "postgresql", "mysql")
@@ -23,6 +25,8 @@ STATES: dict[str, State] = {
 }
 COST = {"seconds": ("seconds", "runtime", "duration", "time_total_s", "_runtime"), "tokens": ("tokens",)}
 """Field of a record → columns that may hold it."""
+PARAMS, RESULTS = "\0params", "\0results"
+"""Of a trial of Ray Tune's, beside its columns: what was tried, and every result."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,8 @@ def read(path: str, asked: Columns) -> list[Group]:
     rows, bad = _experiment(place) if place.is_dir() else _table(place)
     if not rows:
         raise ValueError(f"{path}: holds no row that could be a trial")
+    if place.is_dir() and not asked.params:
+        asked = replace(asked, params={name: name for row in rows for name in row[PARAMS]})
     return _groups(place.stem, rows, bad, asked)
 
 
@@ -99,7 +105,10 @@ def _ours(folder: Path) -> bool:
 def _table(path: Path) -> tuple[list[dict[str, Any]], int]:
     """Rows, nested ones with dots in their names, and how many lines are none."""
     if path.suffix in (".csv", ".tsv"):
-        text = path.read_text(encoding="utf-8-sig", errors="replace").replace("\0", "")
+        raw = path.read_bytes()
+        wide = raw[:2] in (b"\xff\xfe", b"\xfe\xff")  # how a spreadsheet saves "Unicode text"
+        text = raw.decode("utf-16" if wide else "utf-8-sig", errors="replace").replace("\0", "")
+        csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))
         reader = csv.DictReader(text.splitlines(), delimiter="\t" if path.suffix == ".tsv" else ",")
         rows = [{k: _value(v) for k, v in row.items() if k and not isinstance(v, list)} for row in reader]
         good = [row for row in rows if any(value is not None for value in row.values())]
@@ -108,7 +117,7 @@ def _table(path: Path) -> tuple[list[dict[str, Any]], int]:
     for line in path.read_bytes().splitlines():
         try:
             found = json.loads(line) if line.strip() else None
-        except (ValueError, UnicodeDecodeError):
+        except (ValueError, RecursionError):
             found = False
         if isinstance(found, dict):
             rows.append(_flat(found))
@@ -118,53 +127,88 @@ def _table(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def _experiment(folder: Path) -> tuple[list[dict[str, Any]], int]:
-    """A row a trial of a Ray Tune experiment: its parameters, and its last result on top. Read without ray."""
-    rows, bad = [], 0
+    """A row a trial of a Ray Tune experiment: its parameters, and its last result on top. Read without ray.
+
+    Tune calls a trial that a scheduler stopped TERMINATED, as one that ended: one with fewer results than others have counts as
+    stopped early.
+    """
+    rows, bad, statuses = [], 0, _statuses(folder)
     for place in sorted(path.parent for path in folder.glob("*/params.json")):
         try:
             params = _flat(json.loads((place / "params.json").read_text(encoding="utf-8")))
-        except (ValueError, OSError):
+        except (ValueError, OSError, AttributeError):
             bad += 1
             continue
         result = place / "result.json"
-        results = _table(result.with_suffix(".json"))[0] if result.exists() else []
-        state = "error" if (place / "error.txt").exists() else "complete" if results else "error"
+        results = _table(result)[0] if result.exists() else []
         last = {k: v for k, v in (results[-1] if results else {}).items() if not k.startswith("config.")}
-        rows.append({**params, **last, "state": state, "id": str(last.get("trial_id", place.name))})
+        id = str(last.get("trial_id", place.name))
+        state = "error" if (place / "error.txt").exists() else statuses.get(id, "complete" if results else "pending")
+        rows.append({**params, **last, "state": state, "id": id, PARAMS: params, RESULTS: results})
+    most = max((len(row[RESULTS]) for row in rows if STATES.get(row["state"]) == "COMPLETE"), default=0)
+    for row in rows:
+        if STATES.get(row["state"]) == "COMPLETE" and len(row[RESULTS]) < most:
+            row["state"] = "pruned"
     return rows, bad
 
 
+def _statuses(folder: Path) -> dict[str, str]:
+    """Trial id → TERMINATED, ERROR, RUNNING, PENDING or PAUSED, of the last time that the experiment ran."""
+    try:
+        file = max(folder.glob("experiment_state-*.json"))
+        trials = [json.loads(pair[0]) for pair in json.loads(file.read_text(encoding="utf-8"))["trial_data"]]
+        return {trial["trial_id"]: trial["status"].lower() for trial in trials}
+    except (ValueError, OSError, LookupError, TypeError, AttributeError):
+        return {}
+
+
 def _groups(name: str, rows: list[dict[str, Any]], bad: int, asked: Columns) -> list[Group]:
-    columns = list(dict.fromkeys(column for row in rows for column in row))
+    columns = [column for column in dict.fromkeys(column for row in rows for column in row) if column not in (PARAMS, RESULTS)]
     if asked.metric is None:
         raise ValueError(f"{name}: say what is ranked by: --metric COLUMN (columns: {_some(columns)})")
     if not asked.params:
         raise ValueError(f"{name}: say which columns are parameters: --param rank=COLUMN, for each (columns: {_some(columns)})")
-    wanted = [asked.metric, *asked.params.values(), *([asked.group] if asked.group else [])]
-    for column in wanted:
+    if asked.metric in asked.params or asked.metric in asked.params.values() or "" in asked.params:
+        raise ValueError(f"{name}: a parameter has a name, and is not {asked.metric}, which is ranked by")
+    for column in [asked.metric, *asked.params.values(), *([asked.group] if asked.group else [])]:
         if column not in columns:
             raise ValueError(f"{name}: has no column {column}{guess(column, columns)} (columns: {_some(columns)})")
-    groups: dict[str, list[TrialRecord]] = {}
-    for number, row in enumerate(rows):
+    if "seed" in columns and "seed" not in asked.params.values() and asked.metric != "seed":
+        asked = replace(asked, params={**asked.params, "seed": "seed"})
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
         value = row.get(asked.group) if asked.group else None
-        groups.setdefault(name if value is None else str(value), []).append(_record(number, row, asked))
-    unread = [f"{bad} line{'s' if bad > 1 else ''} of it could not be read as a trial."] if bad else []
+        groups.setdefault(name if value is None else str(value), []).append(row)
+    notes = [f"{bad} line{'s' if bad > 1 else ''} of it could not be read as a trial."] if bad else []
+    return [_group(group, those, notes, asked) for group, those in groups.items()]
+
+
+def _group(name: str, rows: list[dict[str, Any]], notes: list[str], asked: Columns) -> Group:
+    metric = _named_apart(asked.metric or "")
+    records = _named([_record(number, row, asked, metric) for number, row in enumerate(rows)])
+    records, repeats = (records, 0) if "seed" in asked.params else _repeated(records)
     mapping = ", ".join(f"{name} from {column}" for name, column in asked.params.items())
-    note = f"The trials come from a table: {mapping}; ranked by {asked.metric}."
-    return [Group(group, _named(records), asked.metric, asked.mode, [note, *unread]) for group, records in groups.items()]
+    source = f"The trials come from a table: {mapping}; ranked by {asked.metric}. What chose their settings is not known."
+    notes = [source, *notes]
+    unknown = sorted({state for row in rows if (state := _state(row)) not in STATES})
+    notes += [f"States that are not known count as complete: {', '.join(unknown[:5])}."] if unknown else []
+    notes += [f"No column is the seed: {repeats} trials count as repeats of a setting with another seed."] if repeats else []
+    stopped = sum(record.state == "PRUNED" for record in records) if PARAMS in rows[0] else 0
+    notes += [f"{stopped} trials have fewer results than the others and count as stopped early."] if stopped else []
+    return Group(name, records, metric, asked.mode, notes)
 
 
-def _record(number: int, row: dict[str, Any], asked: Columns) -> TrialRecord:
-    params = {name: row.get(column) for name, column in asked.params.items() if row.get(column) is not None}
+def _record(number: int, row: dict[str, Any], asked: Columns, metric: str) -> TrialRecord:
+    given = {name: row.get(column) for name, column in asked.params.items()}
+    params = {k: v for k, v in given.items() if v is not None and not (_is_number(v) and _finite(v) is None)}
     seed, value = params.pop("seed", 0), row.get(asked.metric or "")
-    finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    state, cause, error = STATES.get(str(row.get("state", row.get("status", "complete"))).lower(), "COMPLETE"), None, None
+    state, cause, error = STATES.get(_state(row), "COMPLETE"), None, None
     if state == "FAILED":
         cause = "error"
-    elif state == "COMPLETE" and not finite:
-        state, cause = "FAILED", "diverged" if isinstance(value, float) else "error"
-        error = f"{asked.metric} is {'not finite' if isinstance(value, float) else 'missing'}"
-    costs = {name: _number(row, columns) for name, columns in COST.items()}
+    elif state == "COMPLETE" and _finite(value) is None:
+        state, cause = "FAILED", "diverged" if isinstance(value, int | float) else "error"
+        error = f"{asked.metric} is {'missing' if value is None else 'not finite' if cause == 'diverged' else 'no number'}"
+    results = enumerate(row.get(RESULTS, ()), 1)
     return TrialRecord(
         id=str(row.get("id", row.get("trial_id", row.get("trial", number)))),
         state=state,
@@ -172,13 +216,40 @@ def _record(number: int, row: dict[str, Any], asked: Columns) -> TrialRecord:
         error=error,
         phase="map",
         params=params,
-        seed=int(seed) if isinstance(seed, int | float) and math.isfinite(seed) else 0,
-        metrics={asked.metric or "": float(value) if finite and isinstance(value, int | float) else None},
-        seconds=costs["seconds"],
-        tokens=int(costs["tokens"]),
+        seed=_seed(seed),
+        metrics={metric: _finite(value)},
+        curve=[{"rung": i, "step": i, metric: _finite(result.get(asked.metric or ""))} for i, result in results],
+        seconds=_number(row, COST["seconds"]),
+        tokens=int(_number(row, COST["tokens"])),
         accelerator_seconds=_number(row, ("accelerator_seconds",)),
         peak_memory_bytes=int(_number(row, ("peak_memory_bytes",))),
     )
+
+
+def _state(row: Mapping[str, Any]) -> str:
+    return str(row.get("state", row.get("status")) or "complete").lower()
+
+
+def _named_apart(metric: str) -> str:
+    """A metric that is called as a column of ours (seconds, tokens) has a name of its own."""
+    return f"metric.{metric}" if metric in COLUMNS else metric
+
+
+def _seed(value: Any) -> int:
+    """Whole numbers stand for themselves; other seeds, as names, only have to differ."""
+    whole = _is_number(value) and abs(value) < 2**53 and value == int(value)
+    return int(value) if whole else crc32(str(value).encode("utf-8", "replace"))
+
+
+def _repeated(records: list[TrialRecord]) -> tuple[list[TrialRecord], int]:
+    """Trials of one setting with seeds that differ, and how many are not the first of theirs."""
+    seen: dict[str, int] = {}
+    found = []
+    for record in records:
+        key = setting_key(record.params)
+        found.append(record.model_copy(update={"seed": seen.get(key, 0)}))
+        seen[key] = seen.get(key, 0) + 1
+    return found, len(records) - len(seen)
 
 
 def _named(records: list[TrialRecord]) -> list[TrialRecord]:
@@ -191,6 +262,7 @@ def _named(records: list[TrialRecord]) -> list[TrialRecord]:
 def _studies(url: str) -> list[Any]:
     """Of a database that is there: Optuna would make an empty one."""
     import optuna
+    from optuna.exceptions import OptunaError
     from sqlalchemy.exc import SQLAlchemyError
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -201,7 +273,7 @@ def _studies(url: str) -> list[Any]:
         storage = optuna.storages.RDBStorage(url, skip_table_creation=True)
         names = [study.study_name for study in storage.get_all_studies()]
         studies = [optuna.load_study(study_name=name, storage=storage) for name in names]
-    except (SQLAlchemyError, ImportError, RuntimeError, ValueError) as error:
+    except (SQLAlchemyError, OptunaError, ImportError, RuntimeError, ValueError) as error:
         raise ValueError(f"{url}: is no database of Optuna studies ({type(error).__name__})") from None
     found = [study for study in studies if study.get_trials(deepcopy=False)]
     if not found:
@@ -213,7 +285,7 @@ def _study(study: Any, asked: Columns) -> Group:
     """An Optuna study of one objective as a group; its parameters are taken by their own names where none is mapped."""
     if len(study.directions) > 1:
         raise ValueError(f"study {study.study_name}: has {len(study.directions)} objectives; one can be analysed")
-    metric = asked.metric or (study.metric_names or ["value"])[0]
+    metric = _named_apart(asked.metric or (study.metric_names or ["value"])[0])
     names = {column: name for name, column in asked.params.items()}
     records = [_of_optuna(trial, metric, names) for trial in study.get_trials(deepcopy=False)]
     mode = "max" if study.direction.name == "MAXIMIZE" else "min"
@@ -255,6 +327,8 @@ def _value(text: str | None) -> Any:
     text = (text or "").strip()
     if not text:
         return None
+    if "_" in text:
+        return text  # Python would read 1_0 as ten
     for kind in (int, float):
         try:
             return kind(text)
@@ -263,9 +337,17 @@ def _value(text: str | None) -> Any:
     return text
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _finite(value: Any) -> float | None:
+    """A number whose square can be had; None for anything else."""
+    return float(value) if _is_number(value) and abs(value) < 1e150 else None
+
+
 def _number(row: Mapping[str, Any], columns: Iterable[str]) -> float:
-    values = (row.get(column) for column in columns)
-    known = (float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v))
+    known = (value for column in columns if (value := _finite(row.get(column))) is not None)
     return max(0.0, next(known, 0.0))
 
 

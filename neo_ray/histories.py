@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from neo_ray.charts import Bars, Chart, Layer, Lines, NotDrawn, Panel, Points, Role, Scale, paths, row_scale
-from neo_ray.evidence import named, number
+from neo_ray.evidence import number
 from neo_ray.records import TrialRecord
 from neo_ray.report import ORDER, Analysis, ranked
 from neo_ray.statistics import column, complete, setting_of, sign_of
@@ -26,7 +26,7 @@ def curves(analysis: Analysis) -> Chart:
     clock = "tokens" if records else "step"
     records = records or [r for r in ranked(evidence.records, metric, evidence.mode) if len(_points(r, metric, "step")) > 1]
     if not records:
-        raise NotDrawn(f"Learning curves are not drawn: no trial has told its {metric} twice.")
+        raise NotDrawn(f"Learning curves are not drawn: no trial has told its {evidence.label} twice.")
     shown = records[:MAX_CURVES]
     layers: list[Layer] = []
     for state in reversed(ORDER):
@@ -41,12 +41,12 @@ def curves(analysis: Analysis) -> Chart:
     if not math.isnan(untrained):
         last = max(x for r in shown for x, _ in _points(r, metric, clock))
         layers.append(Lines("untrained student", "quiet", (0.0, float(last)), (float(untrained),) * 2, dash="dash"))
-    caption = f"{metric} at each evaluation of {len(shown)} trials."
+    caption = f"{evidence.label} at each evaluation of {len(shown)} trials."
     caption += f" The other {len(records) - len(shown)} are worse." if len(records) > len(shown) else ""
     outside = sum(not ends[0] <= y <= ends[1] for r in shown for _, y in _points(r, metric, clock)) if ends else 0
     caption += f" {outside} values far above the untrained student lie outside." if outside and evidence.mode == "min" else ""
     words = "training tokens" if clock == "tokens" else "optimizer steps"
-    return Chart("curves", "Learning curves", caption, (Panel(Scale(words), Scale(metric, ends=ends), tuple(layers)),))
+    return Chart("curves", "Learning curves", caption, (Panel(Scale(words), Scale(evidence.label, ends=ends), tuple(layers)),))
 
 
 def seeds(analysis: Analysis) -> Chart:
@@ -79,14 +79,14 @@ def seeds(analysis: Analysis) -> Chart:
             "COMPLETE",
             tuple(float(row[metric]) for _, row in at),
             tuple(i for i, _ in at),
-            tuple(f"trial {row['id']}, seed {row['seed']}: {metric} {number(row[metric])}" for _, row in at),
+            tuple(f"trial {row['id']}, seed {row['seed']}: {evidence.label} {number(row[metric])}" for _, row in at),
         ),
     )
-    caption = f"{named(metric)} of runs that differ in the seed alone: {len(shown)} settings, the best on top."
+    caption = f"{evidence.named(metric)} of runs that differ in the seed alone: {len(shown)} settings, the best on top."
     caption += f" The other {len(order) - len(shown)} are worse." if len(order) > len(shown) else ""
     same = [axis for axis in evidence.varied if axis not in telling]
     caption += f" In all of them: {_setting_text(same, first.iloc[0])}." if same else ""
-    panel = Panel(Scale(metric), row_scale(names), layers, rows=len(shown))
+    panel = Panel(Scale(evidence.label), row_scale(names), layers, rows=len(shown))
     return Chart("seeds", "Seeds and noise", caption, (panel,))
 
 

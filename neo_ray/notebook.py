@@ -16,12 +16,15 @@ import pandas as pd
 
 from neo_ray import uploads
 from neo_ray.analyze import analyse
+from neo_ray.aspects import Aspect
 from neo_ray.charts import Chart
+from neo_ray.drafts import Guideline
 from neo_ray.effects import AxisEffect
-from neo_ray.guidelines import Guideline
+from neo_ray.laws import Law
 from neo_ray.page import charts_of
 from neo_ray.records import TrialRecord
 from neo_ray.report import Analysis, best_lines, title_of
+from neo_ray.surface import Surface
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -49,12 +52,36 @@ class Findings:
         """The best trial of the best setting; None without a COMPLETE one."""
         return self.analysis.best
 
+    @property
+    def aspects(self) -> dict[str, Aspect]:
+        """Sections beside the guidelines, by name: their lines, and the numbers behind them (`found`)."""
+        return self.analysis.aspects
+
     @cached_property
     def verdicts(self) -> pd.DataFrame:
         """One row a guideline: verdict, claim, effect, the ends of its interval, trials, seeds."""
         names = ("verdict", "claim", "axis", "metric", "effect", "unit", "p_value", "num_trials", "num_seeds", "note")
         rows = [{name: getattr(g, name) for name in names} | _interval(g) for g in self.guidelines]
         return pd.DataFrame(rows, columns=[*names[:5], "low", "high", *names[5:]])
+
+    @property
+    def surface(self) -> Surface | None:
+        """The fitted response surface; None where the settings are too few for one.
+
+        `expected(settings)` is the metric at settings that nobody ran, with its interval; `r2` how well it predicts settings that
+        were left out (`trusted`: well enough for a guideline); `terms`, `beta`, `covariance` and `dropped` are what was fitted,
+        `points` and `gains` what to, `draws` the coefficients under 2,000 draws of the settings (computed when asked for).
+        """
+        return self.analysis.found.surface
+
+    @property
+    def law(self) -> Law | None:
+        """The best learning rate of each rank, c × rank^γ; None where the surface does not hold both.
+
+        `gamma`, `c` and their 95 % intervals (`gamma_interval`, `c_interval`), None where `note` says why; `alpha_rule`, under
+        which it holds; `optima`: rank → its best learning rate, and whether that is at an end of those tried; `curve`, its band.
+        """
+        return self.analysis.found.law
 
     def curve(self, axis: str) -> pd.DataFrame:
         """The fit of the metric along an axis: value, mean, low and high (95 %), num_trials; empty without a fit.

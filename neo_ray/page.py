@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 
 from neo_ray.charts import Cells, Chart, NotDrawn
-from neo_ray.figures import CHARTS
-from neo_ray.guidelines import Guideline
+from neo_ray.drafts import Guideline
+from neo_ray.figures import CHARTS, WHERE_ASKED
+from neo_ray.law_text import law_lines, parted
+from neo_ray.pareto import front_lines, front_trials
+from neo_ray.phase_text import confirmed_lines, phase_lines
 from neo_ray.report import (
     FAILURE_COLUMNS,
     Analysis,
@@ -35,15 +39,23 @@ def page(analysis: Analysis) -> str:
     evidence = analysis.evidence
     known = {record.id for record in evidence.records}
     charts, reasons = charts_of(analysis)
+    told, untested = parted(analysis.guidelines)
     failures = failure_rows(evidence.records)
-    columns, rows = trials_table(evidence.records, evidence.metric, evidence.mode)
+    columns, rows = trials_table(evidence.records, evidence.metric, evidence.mode, front_trials(evidence))
     sections = [
         ("best", "Best setting", _bullets(best_lines(analysis))),
-        ("guidelines", "Guidelines", "".join(_guideline(g, known) for g in analysis.guidelines)),
-        *((name, chart.title, _chart(name, chart)) for name, chart in charts.items()),
+        ("confirmed", "Confirmed", _bullets(confirmed_lines(evidence))),
+        ("front", "Pareto front", _bullets(front_lines(evidence))),
+        ("laws", "Laws", _bullets(law_lines(evidence, analysis.found, analysis.check))),
+        ("guidelines", "Guidelines", "".join(_guideline(g, known) for g in told)),
+        ("untested", "Not tested", _bullets(untested)),
+        ("next", "What to run next", _bullets([line for sweep in analysis.upcoming for line in sweep.lines])),
+        *((f"said-{name}", said.title, _bullets(said.lines)) for name, said in analysis.aspects.items() if name not in charts),
+        *((name, chart.title, _said(analysis, name) + _chart(name, chart)) for name, chart in charts.items()),
         ("lacking", "Not drawn", _bullets(reasons)),
         ("failures", "Failures by cause", _table(FAILURE_COLUMNS, failures) if failures else ""),
         ("swept", "What was swept", _bullets(scope_lines(analysis))),
+        ("phases", "Phases", _bullets(phase_lines(evidence))),
         ("noise", "Noise", f"<p>{escape(noise_line(evidence))}</p>"),
         (
             "trials",
@@ -57,6 +69,11 @@ def page(analysis: Analysis) -> str:
     return _document(title_of(analysis), _bullets(analysis.notes), links, body, _figures(charts))
 
 
+def _said(analysis: Analysis, name: str) -> str:
+    """The sentences that stand with a figure of the same name."""
+    return _bullets(analysis.aspects[name].lines) if name in analysis.aspects else ""
+
+
 def charts_of(analysis: Analysis) -> tuple[dict[str, Chart], list[str]]:
     """The charts whose data are there, by name, and for each of the others a sentence that says what is missing."""
     charts, reasons = {}, []
@@ -65,6 +82,9 @@ def charts_of(analysis: Analysis) -> tuple[dict[str, Chart], list[str]]:
             charts[name] = chart(analysis)
         except NotDrawn as reason:
             reasons.append(str(reason))
+    for name, chart in WHERE_ASKED.items():
+        with suppress(NotDrawn):
+            charts[name] = chart(analysis)
     return charts, reasons
 
 

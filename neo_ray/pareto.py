@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from neo_ray.evidence import Evidence, number, with_unit
+import numpy as np
+
+from neo_ray.evidence import CPU_MEMORY, Evidence, number, with_unit
 from neo_ray.records import TrialRecord
+from neo_ray.scores import called
 from neo_ray.searching import ObjectiveConfig
+from neo_ray.statistics import axes_of, table, unstable
 from neo_ray.trials import setting_key
 
 UNITS = {"accelerator_seconds": "seconds × devices", "seconds": "seconds", "tokens": "tokens"}
@@ -26,15 +30,24 @@ class Member:
 
 
 def front_of(records: Sequence[TrialRecord], objective: ObjectiveConfig) -> tuple[list[Member], int]:
-    """The front, best in the first objective first, and of how many settings: those with every objective measured."""
+    """The front, best in the first objective first, and of how many settings: those with every objective measured.
+
+    Without those that a seed diverged with, where there are others.
+    """
+    frame = table(records)
+    outside = unstable(frame, axes_of(frame, records), objective.metric)
+    records = [record for record, out in zip(records, outside, strict=True) if not out]
     groups: dict[str, list[TrialRecord]] = {}
     for record in records:
         if record.state == "COMPLETE" and all(record.measured(o.metric) is not None for o in objective.all):
             groups.setdefault(setting_key(record.params), []).append(record)
     members = [_member(runs, objective) for runs in groups.values()]
-    points = [_losses(member, objective) for member in members]
-    kept = [m for m, point in zip(members, points, strict=True) if not any(_beats(other, point) for other in points)]
-    return sorted(kept, key=lambda member: _losses(member, objective)), len(members)
+    kept: list[tuple[tuple[float, ...], Member]] = []
+    for member in sorted(members, key=lambda member: _losses(member, objective)):
+        point = _losses(member, objective)  # what beats it stands before it, or is beaten itself by one that is kept
+        if not any(_beats(other, point) for other, _ in kept):
+            kept.append((point, member))
+    return [member for _, member in kept], len(members)
 
 
 def front_lines(evidence: Evidence) -> list[str]:
@@ -45,12 +58,14 @@ def front_lines(evidence: Evidence) -> list[str]:
     front, total = front_of(evidence.records, objective)
     if not front:
         return ["No setting has a COMPLETE trial with all objectives measured."]
-    lines = [f"{len(front)} of {total} settings are beaten by no other in {', '.join(o.metric for o in objective.all)}:"]
+    names = ", ".join(called(o.metric, evidence.records) for o in objective.all)
+    lines = [f"{len(front)} of {total} settings are beaten by no other in {names}:"]
     for member in front:
         setting = ", ".join(f"{name} {number(value, 3)}" for name, value in member.params.items()) or "the sweep's own values"
-        values = ", ".join(f"{name} {_amount(name, value)}" for name, value in member.values.items())
+        values = ", ".join(f"{called(name, evidence.records)} {amount(name, value)}" for name, value in member.values.items())
         lines.append(f"{values}: {setting} ({', '.join(member.trials)})")
-    return lines
+    costly = evidence.on_cpu and any(o.metric == "peak_memory_bytes" for o in objective.all)
+    return [*lines, CPU_MEMORY[0].upper() + CPU_MEMORY[1:]] if costly else lines
 
 
 def front_trials(evidence: Evidence) -> frozenset[str]:
@@ -60,7 +75,16 @@ def front_trials(evidence: Evidence) -> frozenset[str]:
     return frozenset(trial for member in front for trial in member.trials)
 
 
-def _amount(name: str, value: float) -> str:
+def undominated(losses: np.ndarray) -> np.ndarray:
+    """Rows that no other row beats or equals in every column while beating it in one; lower is better. n × k → bool of n."""
+    kept = np.ones(len(losses), dtype=bool)
+    for i, row in enumerate(losses):
+        kept[i] = not ((losses <= row).all(axis=1) & (losses < row).any(axis=1)).any()
+    return kept
+
+
+def amount(name: str, value: float) -> str:
+    """A value of an objective with its unit."""
     if name == "peak_memory_bytes":
         return f"{number(value / 1e9)} GB"
     return f"{number(value)} {UNITS[name]}" if name in UNITS else with_unit(number(value), name)

@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from neo_ray import devices
+from neo_ray import devices, weights
 from neo_ray.config import SweepConfig
 from neo_ray.local import check_layers
-from neo_ray.models import Head, decoder, last_hidden, load_model, loading, output_head, weights_digest
+from neo_ray.models import Head, decoder, last_hidden, load_model, loading, output_head
 from neo_ray.quickstart import made_once
 from neo_ray.settings import ConfigError
 
@@ -48,11 +48,12 @@ def student_folder(config: SweepConfig, teacher_folder: str, calibration: Calibr
     num_layers, layers = _num_layers(source), prune.layers
     check_layers(config, num_layers)
     if layers is not None:
-        digest = weights_digest(source, list(layers))
+        digest = weights.digest(source, list(layers), cache)
         return str(made_once(cache / "students" / digest, lambda folder: _write_pruned(source, layers, folder)))
     assert prune.keep is not None
     tokens, keep = calibration(), prune.keep
-    digest = weights_digest(source, [keep, *(hashlib.sha256(t.cpu().numpy().tobytes()).hexdigest() for t in tokens)])
+    of_tokens = [hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest() for tensor in tokens]
+    digest = weights.digest(source, [keep, *of_tokens], cache)
 
     def make(folder: Path) -> None:
         announce(f"student: choosing {keep} of the teacher's {num_layers} layers on {int(tokens[1].sum()):,} tokens")

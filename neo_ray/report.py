@@ -6,22 +6,31 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from neo_ray.aspects import Aspect, aspects_of
 from neo_ray.config import SweepConfig
+from neo_ray.drafts import Guideline
 from neo_ray.effects import AxisEffect
 from neo_ray.evidence import Evidence, number, unit_of, with_unit
-from neo_ray.guidelines import Guideline
+from neo_ray.hypotheses import Fitted
+from neo_ray.law_text import law_lines, parted
 from neo_ray.loading import dump, plain, validate
+from neo_ray.matrix import Cell, Matrix
 from neo_ray.pareto import front_lines, front_trials
 from neo_ray.phase_text import confirmed_lines, how_line, phase_lines
 from neo_ray.records import TrialRecord
+from neo_ray.scores import called
+from neo_ray.searching import BENCHMARKS
 from neo_ray.space import build_space
-from neo_ray.statistics import Cell, Matrix
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from neo_ray.crosscheck import CrossCheck
+    from neo_ray.upcoming import Upcoming
 
 ORDER = ("COMPLETE", "RUNNING", "PRUNED", "FAILED")
 MEASURED = {
@@ -34,7 +43,7 @@ MEANINGS = {
     ("CE", "bits/byte"): "CE, bits/byte: held-out, on the select split",
     ("KL",): "KL: to the teacher, nats per token",
     ("report CE",): "report CE: on the split that no ranking touches, COMPLETE trials alone",
-    ("peak GB",): "peak GB: memory of the largest worker",
+    ("peak GB",): "peak GB: memory of the largest worker (on a CPU of its process, trials before included)",
 }
 DISPENSABLE = ("peak GB", "report CE", "seconds", "bits/byte", "tokens")
 """Left out first where the terminal is too narrow for all columns."""
@@ -55,11 +64,22 @@ class Analysis:
     """Axis → what it does to the metric; None where the trials do not tell."""
     name: str = ""
     """Of the trials, where neither a sweep file nor a folder names them."""
+    found: Fitted = field(default_factory=Fitted)
+    """Response surface, learning-rate law and rank trend, of those that the trials allow."""
+    check: CrossCheck | None = None
+    """Another fit beside the surface."""
+    upcoming: tuple[Upcoming, ...] = ()
+    """The sweep files of the trials that would decide what is open."""
 
     @property
     def best(self) -> TrialRecord | None:
         found = self.evidence.best
         return next(r for r in self.evidence.records if r.id == found.id) if found else None
+
+    @cached_property
+    def aspects(self) -> dict[str, Aspect]:
+        """Sections beside the guidelines, by name."""
+        return aspects_of(self.evidence)
 
 
 def trials_table(
@@ -77,7 +97,8 @@ def trials_table(
     more = (*(("front",) if front else ()), *(("phase",) if several else ()))
     ours = any(name in record.metrics for record in records for name in MEASURED.values())
     measured = {name: key for name, key in MEASURED.items() if ours or not records}
-    measured |= {} if metric in MEASURED.values() else {metric: metric}
+    asked = [name for name in (metric, BENCHMARKS) if name == metric or any(name in r.metrics for r in records)]
+    measured |= {called(name, records): name for name in asked if name not in MEASURED.values()}
     columns = ("trial", "state", *more, *shown, *(("seed",) if seeds else ()), *measured, "tokens", "seconds", "peak GB")
     marks = {r.id: {"front": "yes" if r.id in front else "", "phase": r.phase} for r in ordered}
     rows = [_trial_row(r, shown, seeds, tuple(marks[r.id][name] for name in more), measured.values()) for r in ordered]
@@ -122,11 +143,12 @@ def best_lines(analysis: Analysis) -> list[str]:
     """The best setting in sentences; why there is none."""
     evidence, record, best = analysis.evidence, analysis.best, analysis.evidence.best
     if record is None or best is None:
-        return [f"No COMPLETE trial has a value of {evidence.metric}: there is no best setting, and no guideline."]
+        return [f"No COMPLETE trial has a value of {evidence.label}: there is no best setting, and no guideline."]
     setting = ", ".join(f"{name} {number(value, 3)}" for name, value in record.params.items()) or "the sweep's own values"
     seeds = f", the mean of {best.num_seeds} seeds" if best.num_seeds > 1 else ""
-    lines = [f"Trial {best.id}: {setting}", f"{evidence.metric} {with_unit(number(best.value), evidence.metric)}{seeds}"]
-    others = [f"{k} {number(v)}" for k, v in sorted(record.metrics.items()) if k != evidence.metric and v is not None]
+    lines = [f"Trial {best.id}: {setting}", f"{evidence.label} {with_unit(number(best.value), evidence.metric)}{seeds}"]
+    known = {called(name, evidence.records): v for name, v in sorted(record.metrics.items()) if name != evidence.metric}
+    others = [f"{name} {number(v)}" for name, v in known.items() if v is not None]
     lines += [", ".join(others)] if others else []
     if best.margin is not None:
         in_sds = f", {number(best.margin_in_sds, 2)} standard deviations of a run" if best.margin_in_sds is not None else ""
@@ -139,9 +161,9 @@ def best_lines(analysis: Analysis) -> list[str]:
 def noise_line(evidence: Evidence) -> str:
     found = evidence.noise
     if found is None:
-        return f"Noise of a run in {evidence.metric}: unknown, as no setting was completed with two seeds."
+        return f"Noise of a run in {evidence.label}: unknown, as no setting was completed with two seeds."
     return (
-        f"Noise of a run in {evidence.metric}: standard deviation {number(found.sd, 3)} (95 % interval {number(found.low, 3)} to "
+        f"Noise of a run in {evidence.label}: standard deviation {number(found.sd, 3)} (95 % interval {number(found.low, 3)} to "
         f"{number(found.high, 3)}), pooled over {found.num_settings} settings and {found.num_trials} runs."
     )
 
@@ -167,12 +189,14 @@ def scope_lines(analysis: Analysis) -> list[str]:
     lines += [f"{name}: moves with {other}" for name, other in evidence.aliases.items()]
     named = {"teacher": scope.teacher, "student": scope.student, "data": scope.data, "alpha rule": scope.alpha_rule}
     lines += [f"{name}: {value}" for name, value in named.items() if value]
+    if scope.student:
+        lines.append("one pair of models: what is said holds for this pair only")
     if scope.tokens:
         lines.append("training tokens of a COMPLETE trial: {}".format(" to ".join(f"{n:,}" for n in sorted(set(scope.tokens)))))
     if sweep:
         lines.append(f"method: {sweep.method}; {how_line(sweep)}")
     direction = "higher" if evidence.mode == "max" else "lower"
-    ranked_by = [evidence.metric, unit_of(evidence.metric), f"{direction} is better"]
+    ranked_by = [evidence.label, unit_of(evidence.metric), f"{direction} is better"]
     return [*lines, f"ranked by: {', '.join(filter(None, ranked_by))}"]
 
 
@@ -188,14 +212,18 @@ def markdown(analysis: Analysis) -> str:
     columns, rows = trials_table(evidence.records, evidence.metric, evidence.mode, front_trials(evidence))
     sections = [
         f"# {title_of(analysis)}",
-        _bullets(analysis.notes),
-        "## What was swept\n\n" + _bullets(scope_lines(analysis)),
+        bullets(analysis.notes),
+        "## What was swept\n\n" + bullets(scope_lines(analysis)),
         _section("Phases", phase_lines(evidence)),
-        "## Best setting\n\n" + _bullets(best_lines(analysis)),
+        "## Best setting\n\n" + bullets(best_lines(analysis)),
         _section("Confirmed", confirmed_lines(evidence)),
         _section("Pareto front", front_lines(evidence)),
-        _guidelines_section(analysis.guidelines),
-        _matrix_section(analysis.matrix),
+        _section("Laws", law_lines(evidence, analysis.found, analysis.check)),
+        _guidelines_section(parted(analysis.guidelines)[0]),
+        *(_section(aspect.title, aspect.lines) for aspect in analysis.aspects.values()),
+        _section("Not tested", parted(analysis.guidelines)[1]),
+        _section("What to run next", [line for sweep in analysis.upcoming for line in sweep.lines]),
+        _matrix_section(evidence.label, analysis.matrix),
         _curves_section(evidence),
         _failures_section(evidence.records),
         "## Noise\n\n" + _escape(noise_line(evidence)),
@@ -275,7 +303,7 @@ def _fitting(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) 
 
 
 def _section(title: str, lines: Sequence[str]) -> str:
-    return f"## {title}\n\n" + _bullets(lines) if lines else ""
+    return f"## {title}\n\n" + bullets(lines) if lines else ""
 
 
 def _guidelines_section(guidelines: Sequence[Guideline]) -> str:
@@ -285,11 +313,11 @@ def _guidelines_section(guidelines: Sequence[Guideline]) -> str:
     for guideline in guidelines:
         ids = ", ".join(guideline.trials[:12]) + (f" and {len(guideline.trials) - 12} more" if len(guideline.trials) > 12 else "")
         lines = [f"asked: {guideline.hypothesis}", evidence_line(guideline), guideline.note, f"trials: {ids}" if ids else ""]
-        blocks.append(f"**{guideline.verdict}** · {_escape(guideline.claim)}\n\n" + _bullets([line for line in lines if line]))
+        blocks.append(f"**{guideline.verdict}** · {_escape(guideline.claim)}\n\n" + bullets([line for line in lines if line]))
     return "\n\n".join(blocks)
 
 
-def _matrix_section(matrix: Matrix | None) -> str:
+def _matrix_section(label: str, matrix: Matrix | None) -> str:
     if matrix is None or matrix.best is None:
         return ""
     header = [
@@ -301,7 +329,7 @@ def _matrix_section(matrix: Matrix | None) -> str:
         for i, rank in enumerate(matrix.ranks)
     ]
     text = (
-        f"The best {matrix.metric} of the COMPLETE trials at each rank (row) and learning rate (column), how many trials were "
+        f"The best {label} of the COMPLETE trials at each rank (row) and learning rate (column), how many trials were "
         "there in all, and the best cell in bold. A dash: none was completed."
     )
     return f"## Rank × learning rate\n\n{text}\n\n" + _grid(header, rows, escape=False)
@@ -311,8 +339,8 @@ def _cell_text(cell: Cell, best: bool) -> str:
     if not cell.num_trials:
         return ""
     value = _metric(cell.best)
-    failed = f", {cell.states['FAILED']} failed" if cell.states.get("FAILED") else ""
-    return f"{f'**{value}**' if best else value} ({cell.num_trials}{failed})"
+    lost = (f", {count} {how}" for count, how in ((cell.num_diverged, "diverged"), (cell.num_failed, "failed")) if count)
+    return f"{f'**{value}**' if best else value} ({cell.num_trials}{''.join(lost)})"
 
 
 def _curves_section(evidence: Evidence) -> str:
@@ -326,7 +354,7 @@ def _curves_section(evidence: Evidence) -> str:
         rows.append([record.id, record.state, *(_metric(values.get(rung)) if rung in values else "" for rung in rungs)])
     header = ["trial", "state", *(f"rung {rung}{_rung_tokens(records, rung)}" for rung in rungs)]
     more = f" The best {MAX_CURVES} of {len(records)} trials." if len(records) > MAX_CURVES else ""
-    return f"## Learning curves\n\n{evidence.metric} at each rung.{more}\n\n" + _grid(header, rows)
+    return f"## Learning curves\n\n{evidence.label} at each rung.{more}\n\n" + _grid(header, rows)
 
 
 def _rung_tokens(records: Sequence[TrialRecord], rung: int) -> str:
@@ -334,17 +362,21 @@ def _rung_tokens(records: Sequence[TrialRecord], rung: int) -> str:
     return f", {_count(sorted(tokens)[len(tokens) // 2])} tokens" if tokens else ""
 
 
-FAILURE_COLUMNS = ("cause", "trials", "which", "first error")
+FAILURE_COLUMNS = ("cause", "what came of it", "times", "trials", "first error", "its log")
 
 
 def failure_rows(records: Sequence[TrialRecord]) -> list[tuple[str, ...]]:
-    """A row a cause, the most frequent first: cause, how many, which, the first error."""
-    failed = [r for r in records if r.state == "FAILED"]
+    """A row a cause, the most frequent first: of trials that FAILED, then of attempts that were lost."""
+    failed = [(r.cause or "unknown", r, r.error) for r in records if r.state == "FAILED"]
+    lost = [(attempt["cause"], r, attempt.get("message")) for r in records for attempt in r.lost_attempts]
     rows: list[tuple[str, ...]] = []
-    for cause, count in Counter(r.cause or "unknown" for r in failed).most_common():
-        those = [r for r in failed if (r.cause or "unknown") == cause]
-        error = next((r.error for r in those if r.error), "")
-        rows.append((cause, str(count), ", ".join(r.id for r in those[:12]), " ".join(error.split())[:200]))
+    for outcome, found in (("FAILED", failed), ("tried again", lost)):
+        for cause, count in Counter(cause for cause, _, _ in found).most_common():
+            those = [(record, error) for one, record, error in found if one == cause]
+            first, error = next((pair for pair in those if pair[1]), those[0])
+            which = list(dict.fromkeys(record.id for record, _ in those))
+            said, log = " ".join((error or "").split())[:200], str(first.details.get("log", ""))
+            rows.append((cause, outcome, str(count), ", ".join(which[:12]), said, log))
     return rows
 
 
@@ -358,13 +390,11 @@ def _grid(columns: Sequence[str], rows: Sequence[Sequence[str]], escape: bool = 
     return "\n".join("| " + " | ".join(_escape(cell) if escape else cell for cell in line) + " |" for line in lines)
 
 
-def _bullets(lines: Sequence[str]) -> str:
+def bullets(lines: Sequence[str]) -> str:
+    """A Markdown list of them."""
     return "\n".join(f"- {_escape(line)}" for line in lines)
 
 
 def _escape(text: Any) -> str:
     """Text as Markdown shows it literally: what users and exceptions wrote is not markup."""
-    flat = " ".join(str(text).split())
-    for sign in "\\`*<>|[]":
-        flat = flat.replace(sign, f"\\{sign}")
-    return flat
+    return " ".join(str(text).split()).translate({ord(sign): f"\\{sign}" for sign in "\\`*<>|[]"})

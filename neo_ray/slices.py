@@ -26,10 +26,12 @@ from neo_ray.charts import (
     log_ticks,
     paths,
 )
+from neo_ray.choosing import region_trials
 from neo_ray.effects import AxisEffect
-from neo_ray.evidence import Evidence, number
+from neo_ray.evidence import CPU_MEMORY, Evidence, number
+from neo_ray.pareto import undominated
 from neo_ray.report import Analysis
-from neo_ray.statistics import column, complete, equivalent, is_log, is_numeric, setting_of, sign_of
+from neo_ray.statistics import column, complete, is_log, is_numeric, setting_of, sign_of
 
 MAX_POINTS = 1500
 """More make a page slow, and are one blot in any case."""
@@ -43,12 +45,12 @@ def slices(analysis: Analysis) -> Chart:
     done = complete(evidence.frame, evidence.metric)
     varied = [axis for axis in evidence.axes if done[column(axis)].nunique() > 1] if len(done) else []
     if not varied:
-        raise NotDrawn(f"Slices are not drawn: no axis has two values among COMPLETE trials with a value of {evidence.metric}.")
-    good = equivalent(evidence.frame, evidence.metric, evidence.mode, evidence.varied, evidence.noise)
+        raise NotDrawn(f"Slices are not drawn: no axis has two values among COMPLETE trials with a value of {evidence.label}.")
+    good = region_trials(evidence)
     seen, outside = _window(evidence, done)
     shown = _thinned(seen, MAX_POINTS)
     panels = tuple(_slice(evidence, axis, shown, good, analysis.effects.get(axis)) for axis in varied)
-    caption = f"{evidence.metric} of the COMPLETE trials along each axis, and what the fit expects there with its 95 % interval."
+    caption = f"{evidence.label} of the COMPLETE trials along each axis, and what the fit expects there with its 95 % interval."
     if len(good):
         num = setting_of(good, evidence.varied).nunique()
         caption += f" Shaded: the {num} settings within one standard error of the best." if num > 1 else ""
@@ -84,9 +86,9 @@ def parallel(analysis: Analysis) -> Chart:
             layers.append(Lines(FIFTHS[k], role, *paths(lines), hover if regular else (), wide=k == 0))
     labels = [(float(at), y, text) for at, track in enumerate(tracks) for y, text in track[1]]
     layers.append(Texts(*(tuple(part) for part in zip(*labels, strict=True))))  # type: ignore[arg-type]
-    ticks = tuple((float(at), name) for at, name in enumerate([*axes, evidence.metric]))
+    ticks = tuple((float(at), name) for at, name in enumerate([*axes, evidence.label]))
     panel = Panel(Scale("", ticks=ticks, ends=(-0.4, len(axes) + 0.4)), Scale("", ends=(-0.1, 1.1)), tuple(layers))
-    caption = f"A line a COMPLETE trial through its settings to its {evidence.metric}, in fifths from best to worst."
+    caption = f"A line a COMPLETE trial through its settings to its {evidence.label}, in fifths from best to worst."
     caption += _outside(outside)
     caption += f" {len(shown)} of {len(done)} trials are shown." if len(shown) < len(done) else ""
     return Chart("parallel", "Settings side by side", caption, (panel,))
@@ -104,13 +106,16 @@ def costs(analysis: Analysis) -> Chart:
     if not known:
         raise NotDrawn("Quality against cost is not drawn: no two COMPLETE settings say how much time or memory they took.")
     losses = np.column_stack([means[known].to_numpy(), -sign_of(evidence.mode) * means[metric].to_numpy()])
-    front = means.index[_undominated(losses)]
+    front = means.index[undominated(losses)]
     first = runs.groupby("setting").first()
     panels = tuple(_cost_panel(evidence, means, first, front, name, words[name]) for name in known)
     beaten = "1 (diamond) is" if len(front) == 1 else f"{len(front)} (diamonds) are"
     measures = " and ".join({"memory": "memory"}.get(name, "time") for name in known)
-    caption = f"Means of {len(means)} settings. {beaten} beaten by no other in {metric}, {measures} at once."
+    caption = f"Means of {len(means)} settings. {beaten} beaten by no other in {evidence.label}, {measures} at once."
     caption += _outside(outside)
+    caption += f" {CPU_MEMORY[0].upper()}{CPU_MEMORY[1:]}." if evidence.on_cpu and "memory" in known else ""
+    if (num_beaten := len(means) - len(front)) > MAX_POINTS:
+        caption += f" {MAX_POINTS} of the {num_beaten} others are shown."
     return Chart("costs", "Quality against cost", caption, panels)
 
 
@@ -154,7 +159,7 @@ def _slice(evidence: Evidence, axis: str, done: pd.DataFrame, good: pd.DataFrame
         scale = Scale(axis, ticks=tuple((float(i), number(v)) for i, v in enumerate(levels)), ends=(-0.5, len(levels) - 0.5))
     else:
         scale = Scale(axis, log, levels_or_log([float(v) for v in levels]) if log else level_ticks(levels))
-    return Panel(scale, Scale(metric), tuple(layers))
+    return Panel(scale, Scale(evidence.label), tuple(layers))
 
 
 def _region(levels: Sequence[Any], at: dict[Any, float], inside: Sequence[float], numeric: bool, log: bool) -> Span:
@@ -198,21 +203,13 @@ def _cost_panel(evidence: Evidence, means: pd.DataFrame, first: pd.DataFrame, fr
         (~on_front, "beaten by another setting", "quiet", "dot"),
         (on_front, "beaten by none", "best", "diamond"),
     ):
-        rows = means[some]
+        rows = _thinned(means[some], MAX_POINTS)
         if len(rows):
             hover = tuple(_trial_hover(evidence, first.loc[setting]) for setting in rows.index)
             layers.append(Points(label, role, tuple(rows[name]), tuple(rows[evidence.metric]), hover, symbol))  # type: ignore[arg-type]
     low, high = float(means[name].min()), float(means[name].max())
     scale = Scale(words, True, log_ticks(low, high)) if high > 5 * low else Scale(words)
-    return Panel(scale, Scale(evidence.metric), tuple(layers))
-
-
-def _undominated(losses: np.ndarray) -> np.ndarray:
-    """Rows that no other row beats or equals in every column while beating it in one; lower is better. n × k → bool of n."""
-    kept = np.ones(len(losses), dtype=bool)
-    for i, row in enumerate(losses):
-        kept[i] = not ((losses <= row).all(axis=1) & (losses < row).any(axis=1)).any()
-    return kept
+    return Panel(scale, Scale(evidence.label), tuple(layers))
 
 
 def _window(evidence: Evidence, done: pd.DataFrame) -> tuple[pd.DataFrame, int]:
@@ -236,4 +233,4 @@ def _thinned(frame: pd.DataFrame, most: int) -> pd.DataFrame:
 
 def _trial_hover(evidence: Evidence, row: pd.Series) -> str:
     setting = ", ".join(f"{axis} {number(row[column(axis)], 3)}" for axis in evidence.varied if not pd.isna(row[column(axis)]))
-    return f"trial {row['id']}: {setting}; {evidence.metric} {number(row[evidence.metric])}"
+    return f"trial {row['id']}: {setting}; {evidence.label} {number(row[evidence.metric])}"

@@ -1,4 +1,4 @@
-"""What do the trials say? A tidy table of them, the noise of a run, group against group, the best setting, rank × learning rate.
+"""What do the trials say? A tidy table of them, the noise of a run, group against group, the best setting.
 
 Only COMPLETE trials are compared: the last value of a pruned trial is that of an early rung. A *setting* is one value on
 every axis; trials that differ in the seed alone are one setting.
@@ -49,9 +49,15 @@ class Difference:
     p: float
     first: float
     second: float
-    """Means of the two groups, in units of the metric."""
+    """Means of the two groups that the gain is the difference of, in units of the metric: of settings, and limited."""
     num_pairs: int
     """Settings that match in everything else; 0: the groups were compared unpaired."""
+    num_limited: int
+    """Trials worse than the untrained student, each of which counts as that."""
+    num_lost: int
+    """Trials that diverged without a value, each of which counts as that, too."""
+    failed: tuple[dict[str, int], dict[str, int]]
+    """Of either group, `unvalued`."""
     num_seeds: int
     ids: tuple[str, ...]
 
@@ -77,29 +83,6 @@ class Best:
     margin_in_sds: float | None
     """The margin over the second setting, in standard deviations of a single run."""
     edges: tuple[Edge, ...]
-
-
-@dataclass(frozen=True)
-class Cell:
-    best: float | None
-    best_id: str | None
-    states: dict[str, int]
-
-    @property
-    def num_trials(self) -> int:
-        return sum(self.states.values())
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """rank × learning rate: the best COMPLETE value of each cell. `cells[i][j]` is rank i at learning rate (or bin) j."""
-
-    metric: str
-    ranks: tuple[float, ...]
-    learning_rates: tuple[tuple[float, float], ...]
-    """Lowest and highest tried learning rate of each column; equal for a level."""
-    cells: tuple[tuple[Cell, ...], ...]
-    best: tuple[int, int] | None
 
 
 def column(axis: str) -> str:
@@ -159,9 +142,9 @@ def sign_of(mode: str) -> int:
 
 
 def gains_of(runs: pd.DataFrame, metric: str, mode: str) -> tuple[pd.Series, int]:
-    """Metric × sign, limited from below, and how many trials were limited.
+    """Metric × sign, where a trial worse than the untrained student counts as that, and how many are.
 
-    The limit lies as far below the untrained student as the best trial lies above it.
+    How far beyond it a diverged run went is chance: one that ends at 400 would decide every mean that it is in.
     """
     sign = sign_of(mode)
     gains = sign * runs[metric]
@@ -171,8 +154,49 @@ def gains_of(runs: pd.DataFrame, metric: str, mode: str) -> tuple[pd.Series, int
     untrained = sign * float(runs[start].median())
     if gains.max() <= untrained:
         return gains, 0
-    limit = 2 * untrained - float(gains.max())
-    return gains.clip(lower=limit), int((gains < limit).sum())
+    return gains.clip(lower=untrained), int((gains < untrained).sum())
+
+
+def judged(frame: pd.DataFrame, metric: str, mode: str) -> pd.DataFrame:
+    """The COMPLETE trials, and those that diverged without a value (`lost`), with their `gain`, and whether it is a bound
+    (`limited`).
+
+    A run that diverged says of its setting that it is no better than the untrained student (where none is known: than the worst
+    COMPLETE trial). Left out, the seeds that did not diverge would speak for the setting. A run that FAILED for another cause
+    tells nothing of quality, and is not in it.
+    """
+    frame = frame if metric in frame else frame.assign(**{metric: math.nan})
+    done, sign = complete(frame, metric), sign_of(mode)
+    gains, _ = gains_of(done, metric, mode)
+    ended = frame["state"].isin(("COMPLETE", "FAILED")) & (len(done) > 0)
+    lost = frame["diverged"].astype(bool) & ended & ~frame.index.isin(done.index)
+    start = f"untrained_{metric}"
+    known = start in frame and frame[start].notna().any()
+    bound = gains.min() if not known else min(gains.min(), sign * float(frame[start].median()))
+    rows = frame[lost | frame.index.isin(done.index)]
+    gain = gains.reindex(rows.index).fillna(bound)
+    return rows.assign(gain=gain, lost=lost[rows.index], limited=lost[rows.index] | (gain > sign * rows[metric]))
+
+
+def unvalued(rows: pd.DataFrame) -> dict[str, int]:
+    """Cause → how many of the trials FAILED for it, of causes that tell nothing of quality."""
+    failed = rows[(rows["state"] == "FAILED") & ~rows["diverged"].astype(bool)]
+    return {str(cause): int(count) for cause, count in failed["cause"].fillna("error").value_counts().items()}
+
+
+def unstable(frame: pd.DataFrame, axes: Sequence[str], metric: str) -> pd.Series:
+    """Which rows are of a setting that some seed diverged with: what its other seeds reached is their luck.
+
+    How a trial that was stopped would have ended is not known. Where no setting has a value without it, those seeds alone
+    that have none speak against theirs.
+    """
+    lost = frame["diverged"].astype(bool) & frame["state"].isin(("COMPLETE", "FAILED"))
+    settings, valued = setting_of(frame, axes), frame.index.isin(complete(frame, metric).index)
+    for bad in (lost, lost & ~valued):
+        found = settings.isin(settings[bad])
+        if (valued & ~found).any():
+            return found
+    return pd.Series(False, index=frame.index)
 
 
 def aliases(frame: pd.DataFrame, axes: Sequence[str]) -> dict[str, str]:
@@ -192,8 +216,8 @@ def aliases(frame: pd.DataFrame, axes: Sequence[str]) -> dict[str, str]:
 
 
 def noise(frame: pd.DataFrame, axes: Sequence[str], metric: str) -> Noise | None:
-    """Pooled standard deviation of runs that differ in the seed alone; None where no setting has two seeds."""
-    runs = complete(frame, metric).assign(setting=lambda f: setting_of(f, axes))
+    """Pooled standard deviation of runs that differ in the seed alone; None where no stable setting has two seeds."""
+    runs = complete(frame[~unstable(frame, axes, metric)], metric).assign(setting=lambda f: setting_of(f, axes))
     groups = runs.groupby(["setting", "seed"])[metric].mean().groupby("setting")
     counts = groups.count()
     repeated = counts[counts > 1].index
@@ -212,11 +236,10 @@ def compare(
     """The gain of the trials in mask `first` over those in `second`, with a 95 % t interval.
 
     Positive is better. Settings that agree on the axes `match` are paired where there are 3 or more; otherwise Welch's test
-    on the settings of each side, 3 or more of them; else None.
+    on the settings of each side, 3 or more of them; else None. A run that diverged counts as `judged` says.
     """
-    done = complete(frame, metric)
-    gains, _ = gains_of(done, metric, mode)
-    runs = done.assign(gain=gains, setting=setting_of(done, match))
+    sign, runs = sign_of(mode), judged(frame, metric, mode)
+    runs = runs.assign(setting=setting_of(runs, match))
     sides = [runs[mask.reindex(runs.index)] for mask in (first, second)]
     pairs = pd.concat([side.groupby("setting")["gain"].mean() for side in sides], axis=1, join="inner")
     paired = len(pairs) >= MIN_PER_LEVEL
@@ -235,9 +258,12 @@ def compare(
         gain=gain,
         interval=(float(low), float(high)) if known else (gain, gain),
         p=float(test.pvalue) if known else 1.0,
-        first=float(sides[0][metric].mean()),
-        second=float(sides[1][metric].mean()),
+        first=sign * float(means[0].mean()),
+        second=sign * float(means[1].mean()),
         num_pairs=len(pairs) if paired else 0,
+        num_limited=sum(int((side["limited"] & ~side["lost"]).sum()) for side in sides),
+        num_lost=sum(int(side["lost"].sum()) for side in sides),
+        failed=(unvalued(frame[first]), unvalued(frame[second])),
         num_seeds=int(pd.concat(sides)["seed"].nunique()),
         ids=tuple(i for side in sides for i in side["id"]),
     )
@@ -251,13 +277,13 @@ def best_setting(
     tested: dict[str, tuple[float, float]],
     spread: Noise | None = None,
 ) -> Best | None:
-    """The best setting among COMPLETE trials; None without any.
+    """The best setting among COMPLETE trials, of those that no seed diverged with; None without any.
 
     Args:
         tested: lowest and highest value of each numeric axis; the best is on an edge within 5 % of the range (on the scale
             of the axis) from its end.
     """
-    done = complete(frame, metric)
+    done = complete(frame[~unstable(frame, axes, metric)], metric)
     if done.empty:
         return None
     runs = done.assign(gain=done[metric] * sign_of(mode), setting=setting_of(done, axes))
@@ -276,15 +302,21 @@ def best_setting(
     )
 
 
-def equivalent(frame: pd.DataFrame, metric: str, mode: str, axes: Sequence[str], spread: Noise | None) -> pd.DataFrame:
-    """The COMPLETE trials of all settings whose mean is within one standard error of the best setting's; none without a noise."""
-    done = complete(frame, metric)
+def equivalent(
+    frame: pd.DataFrame, metric: str, mode: str, axes: Sequence[str], spread: Noise | None, best: str | None = None
+) -> pd.DataFrame:
+    """The COMPLETE trials of all stable settings whose mean is within one standard error of the best's; none without a noise.
+
+    `best`: a trial of the best setting, where it is not the one with the best mean over all trials.
+    """
+    done = complete(frame[~unstable(frame, axes, metric)], metric)
     if spread is None or done.empty:
         return done.iloc[:0]
     runs = done.assign(gain=done[metric] * sign_of(mode), setting=setting_of(done, axes))
-    means = runs.groupby("setting")["gain"].agg(["mean", "count"]).sort_values("mean", ascending=False)
-    error = spread.sd / math.sqrt(means["count"].iloc[0])
-    return done[runs["setting"].isin(means[means["mean"] >= means["mean"].iloc[0] - error].index)]
+    means = runs.groupby("setting")["gain"].agg(["mean", "count"])
+    leader = means[means.index.isin(runs["setting"][runs["id"] == best])] if best is not None else means.nlargest(1, "mean")
+    mean, count = leader.to_numpy()[0]
+    return done[runs["setting"].isin(means[means["mean"] >= mean - spread.sd / math.sqrt(count)].index)]
 
 
 def edge_of(axis: str, value: Any, ends: tuple[float, float]) -> Edge | None:
@@ -296,33 +328,6 @@ def edge_of(axis: str, value: Any, ends: tuple[float, float]) -> Edge | None:
     share = (at - first) / (last - first)
     side = "lowest" if share <= 0.05 else "highest" if share >= 0.95 else None
     return Edge(axis, float(value), side) if side else None
-
-
-def rank_by_learning_rate(frame: pd.DataFrame, metric: str, mode: str = "min") -> Matrix | None:
-    """The matrix of rank × learning rate; None where one of them is not in the table. Above 10 learning rates: 6 log bins."""
-    if not {"rank", "learning_rate"} <= set(frame) or metric not in frame:
-        return None
-    numbers = frame[["rank", "learning_rate"]].apply(pd.to_numeric, errors="coerce")
-    runs = frame.assign(**numbers)[(numbers > 0).all(axis=1)].astype({"rank": float, "learning_rate": float})
-    if runs.empty:
-        return None
-    rates = runs["learning_rate"]
-    if rates.nunique() > 10:
-        bins = pd.cut(np.log(rates), 6, labels=False)
-    else:
-        bins = rates.rank(method="dense") - 1
-    runs = runs.assign(bin=bins)
-    columns, ranks = sorted(runs["bin"].unique()), sorted(runs["rank"].unique())
-    cells = tuple(tuple(_cell(runs[(runs["rank"] == r) & (runs["bin"] == b)], metric, mode) for b in columns) for r in ranks)
-    filled = [(i, j) for i, row in enumerate(cells) for j, cell in enumerate(row) if cell.best is not None]
-    pick = max if mode == "max" else min
-    return Matrix(
-        metric=metric,
-        ranks=tuple(ranks),
-        learning_rates=tuple((rates[bins == b].min(), rates[bins == b].max()) for b in columns),
-        cells=cells,
-        best=pick(filled, key=lambda ij: cells[ij[0]][ij[1]].best or 0.0) if filled else None,
-    )
 
 
 def _row(record: TrialRecord) -> dict[str, Any]:
@@ -337,8 +342,8 @@ def _row(record: TrialRecord) -> dict[str, Any]:
 
 def _diverged(record: TrialRecord, untrained: dict[str, Any]) -> bool:
     """A trial is judged where it ended; one that has reported nothing has not diverged."""
-    if record.cause == "diverged":
-        return True
+    if record.cause is not None:
+        return record.cause == "diverged"  # how another failure would have ended, nobody knows
     for name in ("select_ce", "select_bits_per_byte"):
         if name in record.metrics:
             value, start = record.metrics[name], untrained.get(name)
@@ -348,12 +353,3 @@ def _diverged(record: TrialRecord, untrained: dict[str, Any]) -> bool:
 
 def _scalar(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else json.dumps(value)
-
-
-def _cell(runs: pd.DataFrame, metric: str, mode: str) -> Cell:
-    done = complete(runs, metric)
-    states = {str(state): int(count) for state, count in runs["state"].value_counts().items()}
-    if done.empty:
-        return Cell(None, None, states)
-    best = done.iloc[int((sign_of(mode) * done[metric]).argmax())]
-    return Cell(float(best[metric]), str(best["id"]), states)

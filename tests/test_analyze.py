@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from planted import draw, flat, planted, sweep, trial, valley
 from rich.console import Console
+from test_laws import grid, truth
 
 from neo_ray.analyze import analyse, main, write
 from neo_ray.config import SweepConfig
@@ -50,9 +51,40 @@ def test_the_door_writes_all_files_and_prints_their_paths(tmp_path: Path, capsys
     folder = folder_with(tmp_path / "planted", mixed(), sweep())
     assert main([str(folder)]) == 0
     printed = capsys.readouterr().out
+    named = printed.replace("\n", " ").partition(f"{folder}: ")[2]
     for name in ("trials.jsonl", "guidelines.json", "report.md", "best.yaml"):
-        assert (folder / name).exists() and str(folder / name) in printed.replace("\n", "")
+        assert (folder / name).exists() and name in named
     assert "Best setting" in printed and "supported" in printed and "undecided" in printed
+
+
+STUDIES = sorted(path.parent for path in (Path(__file__).parent.parent / "docs" / "studies").glob("*/trials.jsonl"))
+FOUND = {path.name: lambda folder, path=path: path for path in STUDIES} | {
+    "planted": lambda folder: folder_with(folder / "in", mixed(), sweep()),
+    "a map": lambda folder: folder_with(folder / "in", planted(grid(), truth, noise=0.01, seeds=(0, 1))),
+    "few": lambda folder: folder_with(folder / "in", planted(draw(9, 0), valley), sweep()),
+    "all failed": lambda folder: folder_with(folder / "in", STRANGE["all failed"], sweep()),
+}
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("case", FOUND)
+def test_the_guidelines_stand_on_one_screen(
+    case: str, columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("neo_ray.analyze.WIDTH_OF_A_LOG", columns)
+    monkeypatch.setattr("neo_ray.page.page", lambda analysis: "")
+    study = FOUND[case](tmp_path)
+    assert len(STUDIES) >= 2 and main([str(study), "--out", "report"]) == 0
+    lines = capsys.readouterr().out.rstrip("\n").split("\n")
+    assert len(lines) <= 40 and max(map(len, lines)) <= columns, "\n".join(lines)
+    text = " ".join(" ".join(lines).split())
+    data = json.loads(Path("report/guidelines.json").read_text(encoding="utf-8"))
+    shown = [g for g in data["guidelines"] if g["verdict"] != "undecided" and f"{g['verdict']} {g['claim'][:90]}" in text]
+    assert len(shown) == sum(g["verdict"] != "undecided" for g in data["guidelines"]), "what was decided goes before all else"
+    still_open = [g["hypothesis"] for g in data["guidelines"] if g["verdict"] == "undecided" and g["trials"]]
+    assert not still_open or f"undecided {still_open[0][:40]}" in text
+    assert "report.md" in text and "Best setting" in text
 
 
 def test_best_yaml_is_a_sweep_of_one_trial_with_the_winner_s_config(tmp_path: Path) -> None:
@@ -82,7 +114,7 @@ def test_guidelines_json_follows_its_schema_and_has_no_nan(tmp_path: Path) -> No
     folder = folder_with(tmp_path, planted(draw(5, 2), valley), sweep())
     write(analyse(folder), folder)
     data = json.loads((folder / "guidelines.json").read_text(), parse_constant=lambda name: pytest.fail(name))
-    assert set(data) == {"schema_version", "generated_from", "noise", "best", "notes", "guidelines"}
+    assert set(data) == {"schema_version", "generated_from", "noise", "best", "aspects", "notes", "guidelines"}
     assert data["schema_version"] == 1 and data["generated_from"]["trials"] == {"COMPLETE": 5}
     assert data["guidelines"]
     for guideline in data["guidelines"]:
@@ -173,7 +205,8 @@ def test_strange_records_end_in_statements_not_in_a_traceback(case: str, config:
     report = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "nan" not in report.lower().replace("nan, or worse", "") and "None" not in report
     data = json.loads((tmp_path / "guidelines.json").read_text())
-    assert not any(g["verdict"] == "supported" for g in data["guidelines"] if g["axis"] not in ("wheels", "training"))
+    directions = [g for g in data["guidelines"] if g["margin"] is None and g["axis"] not in ("wheels", "training")]
+    assert not any(g["verdict"] == "supported" for g in directions)
 
 
 def test_without_a_winner_the_report_says_so_and_there_is_no_best_yaml(tmp_path: Path) -> None:
@@ -241,7 +274,12 @@ def test_report_has_every_trial_the_matrix_curves_and_failures(tmp_path: Path) -
     assert titles[1:] == [
         "## What was swept",
         "## Best setting",
+        "## Laws",
         "## Guidelines",
+        "## Importances",
+        "## Was it safe to stop early?",
+        "## Not tested",
+        "## What to run next",
         "## Rank × learning rate",
         "## Learning curves",
         "## Failures by cause",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -11,11 +12,18 @@ from typing import Any
 import pytest
 from planted import draw, everything, flat, planted, trial
 from test_analyze import STRANGE, folder_with
+from test_confirmed import STUDY
+from test_confirmed import records as confirmed_records
+from test_laws import grid, truth
+from test_objectives import RECORDS, several
+from test_suite_charts import PAPERS_FIGURES, papers_three_questions
+from test_upcoming import study
 
 from neo_ray.analyze import analyse, main
 from neo_ray.figures import CHARTS
 from neo_ray.page import charts_of, page
 from neo_ray.records import TrialRecord
+from neo_ray.report import markdown
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 MOST_BYTES = 6_000_000
@@ -72,10 +80,49 @@ def test_sections_guidelines_and_rows_are_there(tmp_path: Path) -> None:
     analysis = analyse(folder_with(tmp_path, everything()))
     found = Markup(page(analysis))
     sections = [a["id"] for tag, a in found.elements if tag == "section"]
-    assert sections == ["best", "guidelines", *CHARTS, "failures", "swept", "noise", "trials"]
-    assert all(" ".join(g.claim.split()) in found.text for g in analysis.guidelines)
+    said = [f"said-{name}" for name in analysis.aspects if name not in CHARTS]
+    assert sections == ["best", "laws", "guidelines", "untested", *said, *CHARTS, "failures", "swept", "noise", "trials"]
+    assert all(" ".join(g.claim.split()) in found.text for g in analysis.guidelines if g.trials)
     rows = [a["id"] for tag, a in found.elements if tag == "tr" and "id" in a]
     assert len(rows) == len(analysis.evidence.records)
+
+
+def study_of(name: str, folder: Path) -> Path:
+    """The results folder of a study with sections that others lack."""
+    if name == "undecided":
+        return study(folder, planted(grid(), truth, noise=0.01))
+    records, config = {
+        "everything": (everything(), None),
+        "confirmed": (confirmed_records(), STUDY),
+        "several objectives": (RECORDS, several()),
+    }[name]
+    return folder_with(folder, records, config)
+
+
+SECTIONS = {
+    "everything": {"Rank × learning rate", "Learning curves", "Failures by cause", "Importances"},
+    "confirmed": {"Phases", "Confirmed"},
+    "several objectives": {"Pareto front"},
+    "undecided": {"Laws", "Not tested", "What to run next"},
+}
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_every_section_of_the_markdown_report_is_on_the_page(name: str, tmp_path: Path) -> None:
+    """Its heading, and what is said below it; a figure may be not drawn instead, which is said."""
+    analysis = analyse(study_of(name, tmp_path))
+    content, sections = page(analysis), re.split(r"^## ", markdown(analysis), flags=re.MULTILINE)[1:]
+    text, headings = Markup(content).text, re.findall("<h2>(.*)</h2>", content)
+    assert {section.partition("\n")[0] for section in sections} >= SECTIONS[name]
+    for title, _, body in (section.partition("\n") for section in sections):
+        assert title in headings or f"{title} are not drawn: " in text, f"{title} is in report.md alone"
+        lines = [line.replace("\\", "") for line in re.findall(r"^- (?!trials: )(.*)", body, re.MULTILINE)]
+        assert not [line for line in lines if line not in text], title
+
+
+def test_the_table_of_trials_marks_the_front(tmp_path: Path) -> None:
+    found = Markup(page(analyse(folder_with(tmp_path, RECORDS, several()))))
+    assert "trial state front" in found.text and "0001 COMPLETE yes" in found.text and "0004 COMPLETE yes" not in found.text
 
 
 def test_what_is_removed_from_the_records_leaves_the_page(tmp_path: Path) -> None:
@@ -115,6 +162,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     study = Path(__file__).parent.parent / "docs" / "studies" / "teacher"
     assert main([str(study), "--out", str(folder / "teacher")]) == 0
     cases = {"everything": everything(), "few": planted(draw(6, 0), flat), "failed": STRANGE["all failed"]}
+    cases["benchmarks"] = papers_three_questions()
     for name, records in cases.items():
         assert main([str(folder_with(folder / name, records))]) == 0
     return {name: folder / name / "report.html" for name in ("teacher", *cases)}
@@ -143,7 +191,7 @@ def opened(browser: Any, report: Path, **options: Any) -> tuple[Any, list[str]]:
         "request",
         lambda asked: complaints.append(asked.url[:80]) if not asked.url.startswith(("file:", "data:", "blob:")) else None,
     )
-    tab.goto(report.as_uri())
+    tab.goto(report.as_uri(), timeout=60_000)
     tab.wait_for_selector("html[data-drawn=all]", timeout=60_000)
     return tab, complaints
 
@@ -166,6 +214,32 @@ def test_every_figure_is_drawn_and_nothing_is_complained_of(browser: Any, report
             assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), (view, name)
             assert complaints == [], (view, name)
             tab.close()
+
+
+MARKS = """name => Object.fromEntries(["bars .point", "scatter .point", "scatter .js-line"].map(kind => [
+    kind, document.querySelectorAll(`[id^="figure-${name}-"] .trace.${kind}`).length]))"""
+"""What plotly drew of a figure, over its panels."""
+
+
+def test_benchmarks_are_drawn_bar_by_bar_and_trial_by_trial(browser: Any, reports: dict[str, Path]) -> None:
+    charts, _ = charts_of(analyse(reports["benchmarks"].parent))
+    assert set(charts) >= PAPERS_FIGURES
+    tab, _ = opened(browser, reports["benchmarks"], **VIEWS["desktop"])
+    rows, ends = 3, 1  # the average and two benchmarks; the best trial's standard errors
+    assert tab.evaluate(MARKS, "before_and_after") == {
+        "bars .point": 2 * rows,
+        "scatter .point": ends * rows,
+        "scatter .js-line": 0,
+    }
+    assert tab.evaluate(MARKS, "variants") == {"bars .point": 2 * rows, "scatter .point": 0, "scatter .js-line": 0}
+    panels, lines = 2, 2  # held-out loss and the suite; the best of each length, and the untrained student
+    trials = len(papers_three_questions())
+    assert tab.evaluate(MARKS, "lengths") == {
+        "bars .point": 0,
+        "scatter .point": panels * trials,
+        "scatter .js-line": panels * lines,
+    }
+    tab.close()
 
 
 def test_figures_follow_dark_and_print(browser: Any, reports: dict[str, Path]) -> None:

@@ -87,10 +87,12 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = [{"rank": (4, 16, 64)[i % 3], "alpha": 32.0, "learning_rate": 1e-3 * (i + 1), "kd_ratio": 0.5} for i in range(9)]
     write_records(results, [trial(f"{i:04d}", params, 4.7 + i / 100) for i, params in enumerate(settings)])
     (results / "sweep.yaml").write_text(dump(config), encoding="utf-8")
-    Mirror(config, open_study(config, build_space(config), []), print).follow()
+    Mirror(config, open_study(config, build_space(config), load_records(results)), print).follow()
     (folder / "trial.yaml").write_text(dump(config.model_copy(update={"name": "trial"})), encoding="utf-8")
     (folder / "mine.yaml").write_text(next(block for block in blocks(README, "yaml") if "name: mine" in block), encoding="utf-8")
     (folder / "conversations.jsonl").write_text(blocks(README, "json")[0].splitlines()[0], encoding="utf-8")
+    rows = [f"{r},{lr},{r * lr},{m}" for r in (4, 8, 16) for lr in (1e-4, 1e-3) for m in "ab"]
+    (folder / "theirs.csv").write_text("\n".join(["lora_r,lr,eval_loss,model", *rows]), encoding="utf-8")
     assert analyze.main([str(results)]) == 0
     return folder
 
@@ -318,6 +320,8 @@ def test_the_notebook_s_lines_run_as_written(checkout: Path, monkeypatch: pytest
     assert len(found.frame) == len(found.records) == 9 and len(found.verdicts) == len(found.guidelines)
     assert set(found.figures) >= {"matrix", "slices"} and found.not_drawn
     assert list(found.curve("learning_rate").columns) == ["value", "mean", "low", "high", "num_trials"]
+    assert found.surface is not None and len(found.surface.expected(found.frame)) == 9
+    assert found.law is not None and found.law.gamma is None and "end of those tried" in found.law.note
     with pytest.raises(ValueError, match="ray: holds no experiment of Ray Tune"):
         found.result_grid()
 
@@ -395,8 +399,8 @@ def test_the_results_table_names_all_that_a_sweep_leaves_and_the_hubs_token_stan
         ".lease-…",
         "study.db-journal",
         "trials/<id>/checkpoint",
-        "benchmarks",
         "export/<id>",
+        "wandb",
     }
     assert {"lease.json", "trials/<id>/checkpoint"} <= during
     assert {name for name in during if not name.startswith(".")} <= named | {"trials"}, "a row for each"

@@ -10,6 +10,7 @@ from planted import UNTRAINED, draw, flat, planted, trial, valley
 from scipy import stats
 
 from neo_ray.effects import axis_effect, shortage
+from neo_ray.matrix import rank_by_learning_rate
 from neo_ray.statistics import (
     aliases,
     axes_of,
@@ -18,7 +19,6 @@ from neo_ray.statistics import (
     complete,
     edge_of,
     noise,
-    rank_by_learning_rate,
     setting_of,
     table,
 )
@@ -203,7 +203,7 @@ def test_axes_that_move_together_are_named() -> None:
 def test_matched_settings_are_compared_in_pairs() -> None:
     settings = [{"learning_rate": lr, "kd_ratio": k} for lr in (1e-4, 3e-4, 1e-3, 3e-3) for k in (0.0, 0.5)]
     frame = table(
-        planted(settings, lambda p: 4.6 + abs(math.log10(p["learning_rate"]) + 3) - 0.1 * (p["kd_ratio"] > 0), noise=0.01)
+        planted(settings, lambda p: 4.6 + 0.3 * abs(math.log10(p["learning_rate"]) + 3) - 0.1 * (p["kd_ratio"] > 0), noise=0.01)
     )
     found = compare(frame, frame["kd_ratio"] > 0, frame["kd_ratio"] == 0, ["learning_rate"], "select_ce", "min")
     assert found is not None and found.num_pairs == 4
