@@ -31,7 +31,7 @@ unit: $(STAMP)
 
 test-all: test rest
 
-rest: slow quickstart-short
+rest: quickstart-short slow
 
 # pytest ends with 5 where no test has the mark.
 slow: $(STAMP)
@@ -42,10 +42,12 @@ quickstart-short: $(STAMP)
 	results=$$(mktemp -d) && trap 'rm -rf "$$results"' EXIT && $(PY) -m neo_ray.sweep sweeps/quickstart.yaml \
 	  storage.path="$$results" sampler.num_trials=4 sampler.startup_trials=2 training.tokens=1500 evaluation.max_tokens=500
 
-# Ratios between ways of doing a step, measured here: a few minutes on two idle cores. docs/benchmarks/README.md says what they mean.
+# All figures of docs/benchmarks/README.md, which says what they mean, measured here: about twenty minutes on two idle cores.
 bench: $(STAMP)
-	$(PY) -m neo_ray.bench step --out docs/benchmarks
-	$(PY) -m neo_ray.bench loss --out docs/benchmarks
+	$(PY) -m neo_ray.bench step --repeats 5 --out docs/benchmarks
+	$(PY) -m neo_ray.bench loss --repeats 5 --tokens 2048 512 --vocabulary 49152 128256 --out docs/benchmarks
+	$(PY) -m neo_ray.bench reader --repeats 5 --out docs/benchmarks
+	$(PY) -m neo_ray.bench sweep --trials 8 --repeats 1 --out docs/benchmarks
 	$(PY) -m neo_ray.bench table docs/benchmarks --readme README.md
 
 # torch first: its pin takes the build for a CPU on a machine whose index offers that, the one for CUDA elsewhere.
