@@ -276,27 +276,11 @@ def command() -> None:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
-        children = psutil.Process().children(recursive=True)  # of a Ray that was started here
-        core = [child for child in children if _name(child) in ("raylet", "gcs_server")]
-        others = [child for child in children if child not in core]
-        _terminate(others)
-        psutil.wait_procs(others, timeout=5)
-        _terminate(core)  # last: Ray ends this process with 1 when it finds them gone
-        os._exit(code)
+        for child in psutil.Process().children(recursive=True):  # of a Ray that was started here
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.terminate()
+        os._exit(code)  # at once: Ray would end this process with 1 when it finds its raylet gone
     sys.exit(code)
-
-
-def _name(process: psutil.Process) -> str:
-    try:
-        return process.name()
-    except psutil.NoSuchProcess:
-        return ""
-
-
-def _terminate(processes: list[psutil.Process]) -> None:
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.terminate()
 
 
 if __name__ == "__main__":
