@@ -20,6 +20,7 @@ os.environ.update(
 
 import pytest
 from buckets import bucket, s3_server, scratch  # noqa: F401  (fixtures)
+from sites import cluster, site  # noqa: F401
 from tiny import World, make_world
 
 UNTIL = float(os.environ.get("NEO_RAY_TESTS_UNTIL", "inf"))

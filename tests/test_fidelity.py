@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from fidelity import AGAIN, FOLDER, LIVE, page, rendered, root_mean_square, scores, swapped
+from fidelity import FILES, FOLDER, SEEDS, differences, means, page, rendered, root_mean_square, scores, seeds_of, swapped
 
 from neo_ray.loading import load
 from neo_ray.space import build_space
@@ -25,18 +25,19 @@ def test_every_arm_has_the_settings_of_the_sweep_file() -> None:
 
 def test_a_stored_teacher_is_no_farther_from_a_living_one_than_another_seed_and_keeps_the_order() -> None:
     found = scores(FOLDER)
-
-    def distances(arm: str) -> list[float]:
-        return [abs(value - found[LIVE][setting]) for setting, value in found[arm].items()]
-
+    between = differences(found)
+    assert {name: len(values) for name, values in between.items()} == {SEEDS: 24, "projection": 24, "hidden": 8}
     for arm in ("projection", "hidden"):
-        assert np.median(distances(arm)) <= np.median(distances(AGAIN))
-        assert root_mean_square(distances(arm)) <= root_mean_square(distances(AGAIN))
-        assert not swapped(found[LIVE], found[arm])
+        assert np.median(np.abs(between[arm])) <= np.median(np.abs(between[SEEDS]))
+        assert root_mean_square(between[arm]) <= root_mean_square(between[SEEDS])
+        assert abs(np.mean(between[arm])) <= 2 * np.std(between[arm], ddof=1) / len(between[arm]) ** 0.5
+        seeds = seeds_of(found, arm)
+        assert not swapped(means(found, "live", seeds), means(found, arm, seeds))
+    assert not swapped(means(found, "live", [0]), means(found, "live", [1, 2]))
 
 
 def test_another_score_is_seen(tmp_path: Path) -> None:
-    for name in ("live", "projection", "hidden"):
+    for name in (name for names in FILES.values() for name in names):
         shutil.copyfile(FOLDER / f"{name}.jsonl", tmp_path / f"{name}.jsonl")
     text = (tmp_path / "hidden.jsonl").read_text()
     (tmp_path / "hidden.jsonl").write_text(text.replace('"select_ce":4.7', '"select_ce":6.7'))

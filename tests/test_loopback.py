@@ -1,4 +1,4 @@
-"""Does the literal sequence of README.md work: `ray up`, a sweep, Ctrl-C, the same sweep as a Ray job, its results, `ray down`?
+"""Does the literal sequence of README.md work: `ray up`, a sweep, Ctrl-C, its results, `ray down`? And a head that dies?
 
 Reference: the commands of README.md on deploy/local.yaml, over ssh to three addresses of this machine: a head and two workers.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 import pytest
 from doors import ROOT, sweep_file
-from loopback import ADDRESSES, LACKING, Loopback, end, in_use, machines, rays, wait_until
+from loopback import ADDRESSES, LACKING, Loopback, end, in_use, machines, marked, rays, wait_until
 from tiny import World
 
 from neo_ray.records import TrialRecord, load_records
@@ -110,23 +110,35 @@ def test_the_sequence_of_the_readme(cluster: Loopback) -> None:
     before = records_of(results)
     assert [record.state for record in before] == ["RUNNING", "RUNNING"]
 
+    cluster.run(literal(SWEEP))
+    wait_until(lambda: min(len(record.curve) for record in records_of(results)) == 2, "the trials go on", 150)
+    head = cluster.home(ADDRESSES[0])
+    for process in marked(cluster.mark, head):  # the machine goes down, with Ray's head and the sweep's driver
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    reached = {record.id: record.curve[-1]["step"] for record in records_of(results)}
+    wait_until(lambda: not rays(cluster.mark), "the other machines notice", 90)
+    cluster.run(f"{literal(UP)} --yes")
+    wait_until(lambda: cluster.run(listed, check=False).count("ALIVE") == 3, "all machines are listed again", 120)
+
     tunnel = f"{literal('ray dashboard deploy/local.yaml')} --port {cluster.tunnel_port} --remote-port {cluster.dashboard_port}"
-    process = subprocess.Popen(["bash", "-c", f"exec {tunnel}"], env=cluster.environment, cwd=cluster.launcher)
+    door = subprocess.Popen(["bash", "-c", f"exec {tunnel}"], env=cluster.environment, cwd=cluster.launcher)
     try:
         wait_until(lambda: in_use(cluster.tunnel_port), "the tunnel stands", 40)
         text = cluster.run(literal(JOB).replace("8265", str(cluster.tunnel_port)), seconds=400)
         assert "succeeded" in text and "2 trials at a time" in text, text
     finally:
-        process.terminate()
-        process.wait(10)
+        door.terminate()
+        door.wait(10)
 
     cluster.run(literal("ray rsync-down deploy/local.yaml '~/neo_ray/results/' results/"))
     records = records_of(cluster.launcher / "results")
     assert [record.state for record in records] == ["COMPLETE", "COMPLETE"]
     assert {record.details["node"] for record in records} == set(ADDRESSES[1:])
-    assert all(record.details["resumed_from_step"] > 0 for record in records)
+    assert all(record.details["resumed_from_step"] >= reached[record.id] > 0 for record in records)
+    assert [[lost["cause"] for lost in record.lost_attempts] for record in records] == [["interrupted"] * 2] * 2
     assert (cluster.launcher / "results" / "rank" / "report.md").exists()
 
     cluster.run(f"{literal(DOWN)} --yes")
-    assert not rays(cluster.mark, cluster.home(ADDRESSES[0]))
+    assert not rays(cluster.mark, head)
     wait_until(lambda: not rays(cluster.mark), "no Ray is left on any machine", 60)

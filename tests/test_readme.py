@@ -403,7 +403,9 @@ def test_the_results_table_names_all_that_a_sweep_leaves_and_the_hubs_token_stan
         "wandb",
     }
     assert {"lease.json", "trials/<id>/checkpoint"} <= during
-    assert {name for name in during if not any(part.startswith(".") for part in name.split("/"))} <= named | {"trials"}, "a row for each"
+    assert {name for name in during if not any(part.startswith(".") for part in name.split("/"))} <= named | {"trials"}, (
+        "a row for each"
+    )
     assert named - _entries(folder) == passing
     logs = [path for path in short_folder.rglob("*") if path.is_file()]
     assert {"raylet.out", "gcs_server.out"} <= {path.name for path in logs}
