@@ -156,15 +156,19 @@ def draining() -> set[str]:
     return set(state.get_draining_nodes()) if hasattr(state, "get_draining_nodes") else set()
 
 
-def was_preempted(error: BaseException, nodes: set[str], patience_seconds: float = 40.0) -> bool:
-    """Did a worker group die with a node of its own? A node that fell silent is known to be dead only after a while."""
+def was_preempted(error: BaseException, nodes: set[str], patience_seconds: float = 40.0, unclear: bool = False) -> bool:
+    """Did a worker group die with a node of its own? A node that fell silent is known to be dead only after a while.
+
+    Args:
+        unclear: nobody has said yet what became of the worker that is gone, so that its node is given that while.
+    """
     import ray
     from ray.train.v2.api.exceptions import PreemptionError
 
     failures = [error, *(getattr(error, "worker_failures", None) or {}).values()]
     if any(isinstance(e, PreemptionError) or getattr(e, "preempted", False) for e in failures):
         return True
-    unclear = any(isinstance(e, ray.exceptions.ActorUnavailableError) for e in failures)
+    unclear = unclear or any(isinstance(e, ray.exceptions.ActorUnavailableError) for e in failures)
     deadline = time.monotonic() + (patience_seconds if unclear else 0.0)
     while True:
         staying = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - draining()

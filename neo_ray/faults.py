@@ -26,6 +26,19 @@ class StorageFailed(RuntimeError):
     """A worker could not write or read under a trial, in words: not every client's exception comes whole to another process."""
 
 
+class PeerLost(RuntimeError):
+    """A collective broke off since another worker of the trial is gone. What ended that one is the cause; the trial is not."""
+
+
+def of_peers(error: BaseException) -> bool:
+    """Did a collective fail, by another worker or the way to it? Gloo says so in a RuntimeError, NCCL by a class of torch's."""
+    import torch.distributed as dist
+
+    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error)):
+        return True
+    return error.__cause__ is not None and of_peers(error.__cause__)
+
+
 def of_storage(error: BaseException) -> bool:
     """Did a disk, an object store or the way there fail? Then the trial is as good as before, and goes on once it is back."""
     if isinstance(error, (ConnectionError, TimeoutError)):
@@ -54,11 +67,13 @@ def found_damage(error: BaseException) -> bool:
 def why_lost(error: BaseException, nodes: set[str]) -> tuple[str, str]:
     """One line and a cause for a worker group that died. `nodes`: where its workers were."""
     failures = getattr(error, "worker_failures", None) or {}
-    texts = [str(e) for e in failures.values() if str(e).strip()] or [str(error)]
+    own = [failure for failure in failures.values() if not isinstance(failure, PeerLost)]  # of those that did not only see it
+    texts = [str(e) for e in own or failures.values() if str(e).strip()] or [str(error)]
     whole = "\n".join([str(error), *texts])
     if any(words in whole for words in ("OutOfMemoryError", "memory on the node", "out of memory")):
         return "Ray or the system ended a worker for want of memory", "out_of_memory"
-    if cluster.was_preempted(error, nodes):
+    alone = bool(failures) and all(isinstance(failure, PeerLost) for failure in failures.values())
+    if cluster.was_preempted(error, nodes, unclear=alone):
         return "its node is gone", "preempted"
     lines = [line.strip() for line in texts[0].splitlines() if line.strip()]
     return (lines[-1] if lines else type(error).__name__)[:300], "error"

@@ -23,7 +23,7 @@ from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig
 from neo_ray import uploads
 from neo_ray.board import NAMESPACE, kind_of
 from neo_ray.config import ResourcesConfig
-from neo_ray.faults import LoadError, StorageFailed, found_damage, of_storage, smaller_may_fit, why_lost
+from neo_ray.faults import LoadError, PeerLost, StorageFailed, found_damage, of_peers, of_storage, smaller_may_fit, why_lost
 from neo_ray.records import Stop, log_name
 from neo_ray.settings import TrialConfig
 from neo_ray.storage import Damaged, Folder, NoRoom, at
@@ -139,6 +139,8 @@ class Worker:
             self.parts = self.kind = None
             where = traceback.extract_tb(error.__traceback__)[-1]
             message = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
+            if rank_and_world_size()[1] > 1 and of_peers(error):
+                raise PeerLost(message) from None  # the driver looks at what became of the other worker
             if of_storage(error):
                 ray.get(self.board.set_back.remote(self.job.slot, trial_id, message))
                 raise StorageFailed(message) from error  # a slot begins anew, here or where there is room on a disk

@@ -14,16 +14,17 @@ from neo_ray.storage import Folder
 
 
 def watched_steps(seconds: float = 0.0) -> str:
-    """For a sitecustomize after `FAULT`: each optimizer step is written down as it begins, takes so long at least, and does not
-    go on while there is a file `hold`."""
+    """For a sitecustomize after `FAULT`: each optimizer step is written down as it begins (by the first worker of a trial), takes
+    so long at least, and does not go on while there is a file `hold`."""
     return f"""
 def inject(train):
     import os, pathlib, time
     here, plain = pathlib.Path(__file__).parent, train.optimizer_step
 
     def watched(engine, trial, parts, split, plan, step, rate):
-        with open(here / "steps", "a") as file:
-            print(time.time(), trial.training.learning_rate, step, os.getpid(), file=file)
+        if train.rank_and_world_size()[0] == 0:
+            with open(here / "steps", "a") as file:
+                print(time.time(), trial.training.learning_rate, step, os.getpid(), file=file)
         time.sleep({seconds})
         while (here / "hold").exists():
             time.sleep(0.05)

@@ -64,6 +64,7 @@ class Site:
     bucket: str
     folder: Path
     scratch: dict[Any, Path] = field(default_factory=dict)
+    up: list[Any] = field(default_factory=list)
 
     @property
     def results(self) -> Remote:
@@ -75,9 +76,11 @@ class Site:
         environment |= {"NODE_SCRATCH": str(own), "PYTHONPATH": modules}
         node = self.cluster.add_node(num_cpus=1, resources=resources or {}, env_vars=environment)
         self.scratch[node] = own
+        self.up.append(node)
         return node
 
     def go(self, node: Any) -> None:
+        self.up.remove(node)
         self.cluster.remove_node(node, allow_graceful=False)
         shutil.rmtree(self.scratch[node], ignore_errors=True)  # where it never worked there is none
 
@@ -101,9 +104,12 @@ class Site:
 
 
 @pytest.fixture
-def site(cluster: Any, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
+def site(cluster: Any, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     monkeypatch.setenv("NODE_SCRATCH", str(tmp_path / "driver"))
-    return Site(cluster, bucket, tmp_path)
+    found = Site(cluster, bucket, tmp_path)
+    yield found
+    for node in list(found.up):
+        found.go(node)
 
 
 def names_in(folder: Path) -> set[str]:

@@ -82,7 +82,6 @@ def test_a_node_that_dies_takes_no_trial_with_it_and_one_that_comes_gets_a_slot(
     brought = {"train.arrow", "model.safetensors", "train-00000.safetensors"}
     assert brought <= names_in(site.scratch[second]), "and not read from the driver's disk, nor rows from the store's place"
     intact(site.results, {lost[0].id: ["preempted"]})
-    site.go(second)
 
 
 def test_a_killed_worker_a_killed_driver_and_nodes_that_all_die_cost_no_more_than_an_interval_each(
@@ -144,8 +143,6 @@ def test_a_killed_worker_a_killed_driver_and_nodes_that_all_die_cost_no_more_tha
     ended = [r for r in before if r.finished]
     assert [r for r in records if r.id in {e.id for e in ended}] == ended and {r.state for r in ended} == {"COMPLETE", "FAILED"}
     assert not [name for name in site.results.names() if name.startswith("lease")]
-    for node in nodes:
-        site.go(node)
 
 
 def test_a_node_that_is_told_to_leave_loses_no_step_though_it_was_the_last(site: Site, tiny_world: World) -> None:
@@ -161,7 +158,7 @@ def test_a_node_that_is_told_to_leave_loses_no_step_though_it_was_the_last(site:
     accepted, why = ray._raylet.GcsClient(address=site.cluster.address).drain_node(spot.node_id, notice, "spot", deadline_ms)
     assert accepted, why
     wait_for(lambda: any(r.lost_attempts for r in site.records()), process)
-    second = site.come()
+    site.come()
     text = finish(process)
     assert process.returncode == 0, text
     first, other = site.records()
@@ -169,7 +166,6 @@ def test_a_node_that_is_told_to_leave_loses_no_step_though_it_was_the_last(site:
     assert [lost["cause"] for lost in first.lost_attempts] == ["preempted"] and not other.lost_attempts
     assert 400 < first.details["resumed_from_step"] < 800, "from the step it was in, and not from an evaluation"
     assert "slot 0 ends: its node is about to leave" in text and "slot 0 lost its workers" not in text
-    site.go(second)
 
 
 @pytest.mark.slow
@@ -205,5 +201,3 @@ def test_nodes_that_fill_a_store_die_one_after_another_and_each_shard_is_filled_
     written, begun_of = Counter(name for (name,) in rows("written")), Counter(row[1] for row in rows("begun"))
     assert set(written.values()) == {1} and set(written) == set(begun_of), text
     assert sum(begun_of.values()) == len(written) + 3, "what the dead had in hand, and no more"
-    for node in nodes:
-        site.go(node)

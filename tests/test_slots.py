@@ -156,7 +156,7 @@ def test_a_keeper_ends_as_soon_as_it_is_told(monkeypatch: pytest.MonkeyPatch, ke
 def test_a_slot_whose_workers_find_targets_damaged_has_them_mended_before_it_begins_anew(
     monkeypatch: pytest.MonkeyPatch, keeper: Any, mendable: bool
 ) -> None:
-    monkeypatch.setattr(cluster, "was_preempted", lambda error, nodes: False)
+    monkeypatch.setattr(cluster, "was_preempted", lambda error, nodes, **_: False)
     monkeypatch.setattr(slot, "PAUSES_SECONDS", ())
     happened: list[str] = []
 
@@ -178,7 +178,7 @@ def test_a_slot_whose_workers_find_targets_damaged_has_them_mended_before_it_beg
 
 
 def test_another_death_has_nothing_mended(monkeypatch: pytest.MonkeyPatch, keeper: Any) -> None:
-    monkeypatch.setattr(cluster, "was_preempted", lambda error, nodes: False)
+    monkeypatch.setattr(cluster, "was_preempted", lambda error, nodes, **_: False)
     monkeypatch.setattr(slot, "PAUSES_SECONDS", ())
 
     def fit() -> None:
@@ -192,7 +192,7 @@ def test_another_death_has_nothing_mended(monkeypatch: pytest.MonkeyPatch, keepe
 
 def deaths(monkeypatch: pytest.MonkeyPatch, keeper: Any, story: Callable[[int], None]) -> tuple[SlotRunner, list[str]]:
     """A slot whose workers die each time they begin; `story`: what they do before, given how often they have begun."""
-    monkeypatch.setattr(cluster, "was_preempted", lambda error, nodes: False)
+    monkeypatch.setattr(cluster, "was_preempted", lambda error, nodes, **_: False)
     monkeypatch.setattr(slot, "PAUSES_SECONDS", ())
     begun: list[str] = []
 
