@@ -18,7 +18,7 @@ from test_slots import Called
 
 from neo_ray import checkpoints, slot
 from neo_ray.board import Board
-from neo_ray.faults import LoadError, StorageFailed, of_storage
+from neo_ray.faults import LoadError, PeerLost, StorageFailed, of_peers, of_storage
 from neo_ray.records import log_name
 from neo_ray.settings import TrialConfig
 from neo_ray.storage import Remote
@@ -55,6 +55,25 @@ def raised_from(error: BaseException) -> BaseException:
 )
 def test_an_error_of_storage_is_told_from_others(error: BaseException, expected: bool) -> None:
     assert of_storage(error) is expected
+
+
+GLOO = RuntimeError("[/src/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:8605")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (GLOO, True),
+        (torch.distributed.DistBackendError("NCCL error: remote process exited or there was a network error"), True),
+        (torch.distributed.DistNetworkError("x"), True),
+        (raised_from(GLOO), True),
+        (RuntimeError("a fault of this trial"), False),
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+        (ValueError("/gloo/"), False),
+    ],
+)
+def test_a_collective_that_breaks_off_is_told_from_other_errors(error: BaseException, expected: bool) -> None:
+    assert of_peers(error) is expected
 
 
 @pytest.fixture
@@ -101,6 +120,17 @@ def test_a_fault_of_the_trial_ends_it_and_names_its_log(worker: Any, tmp_path: P
     assert "trial 0000 begins" in text and "in training" in text and "a fault of this trial" in text
     logging.getLogger("neo_ray").warning("of another trial")
     assert "of another trial" not in (tmp_path / end["details"]["log"]).read_text()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_who_sees_another_worker_end_says_nothing_of_the_trial(worker: Any, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """One that is alone has no other: then it is a fault of the trial."""
+    monkeypatch.setattr("neo_ray.parts.rank_and_world_size", lambda: (0, count))
+    items, raised = failing(worker, GLOO)
+    if count == 1:
+        assert raised is None and [item["state"] for item in items] == ["FAILED"]
+    else:
+        assert isinstance(raised, PeerLost) and not items and worker.real.in_slot == {0: "0000"}
 
 
 def test_a_log_that_cannot_be_kept_fails_no_trial(worker: Any, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from ray.train.v2.api.preemption import PreemptionInfo
 from neo_ray import cluster, slot, slots
 from neo_ray.board import Board
 from neo_ray.cluster import was_preempted
+from neo_ray.faults import PeerLost, why_lost
 from neo_ray.settings import ConfigError
 from neo_ray.slot import SlotJob, SlotRunner
 from neo_ray.slots import Keeper
@@ -278,3 +279,14 @@ def test_a_death_with_its_node_is_told_from_another(monkeypatch: pytest.MonkeyPa
     silent = WorkerGroupError("x", {0: ray.exceptions.ActorUnavailableError("x", None)})
     monkeypatch.setattr("neo_ray.cluster.time.sleep", lambda seconds: alive[0].update(Alive=False))
     assert was_preempted(silent, {"a"}), "known to be dead only at the second look"
+
+
+def test_who_only_saw_a_worker_end_does_not_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another one says comes first; where nobody says anything, its node is given time to be known as dead."""
+    waited: list[bool] = []
+    monkeypatch.setattr(cluster, "was_preempted", lambda error, nodes, unclear: bool(waited.append(unclear)))
+    saw, died = PeerLost("Connection closed by peer"), RuntimeError("killed by signal 9")
+    assert why_lost(WorkerGroupError("x", {0: saw, 1: died}), set()) == ("killed by signal 9", "error")
+    assert why_lost(WorkerGroupError("x", {0: saw}), set()) == ("Connection closed by peer", "error")
+    assert why_lost(RuntimeError("another"), set()) == ("another", "error")
+    assert waited == [False, True, False]
