@@ -160,12 +160,13 @@ def was_preempted(error: BaseException, nodes: set[str], patience_seconds: float
     """Did a worker group die with a node of its own? A node that fell silent is known to be dead only after a while.
 
     Args:
-        unclear: nobody has said yet what became of the worker that is gone, so that its node is given that while.
+        unclear: no worker has said what became of the one that is gone, so that its node is given that while.
     """
     import ray
     from ray.train.v2.api.exceptions import PreemptionError
 
     failures = [error, *(getattr(error, "worker_failures", None) or {}).values()]
+    failures += [e.health_check_failure for e in failures if hasattr(e, "health_check_failure")]  # what Ray Train puts around it
     if any(isinstance(e, PreemptionError) or getattr(e, "preempted", False) for e in failures):
         return True
     unclear = unclear or any(isinstance(e, ray.exceptions.ActorUnavailableError) for e in failures)

@@ -13,8 +13,8 @@ from typing import Any
 import ray
 
 from neo_ray import cluster
+from neo_ray.listening import LOADING
 from neo_ray.settings import ConfigError
-from neo_ray.slot import LOADING
 from neo_ray.storage import Damaged
 from neo_ray.stores import Shard
 

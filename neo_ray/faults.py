@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import re
 
+import ray
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
 from neo_ray import cluster
 from neo_ray.storage import Damaged
 
@@ -27,7 +30,8 @@ class StorageFailed(RuntimeError):
 
 
 class PeerLost(RuntimeError):
-    """A collective broke off since another worker of the trial is gone. What ended that one is the cause; the trial is not."""
+    """Another process is gone or out of reach: a worker of the same trial, or the board. What ended it is the cause; the trial
+    is not."""
 
 
 def of_peers(error: BaseException) -> bool:
@@ -37,6 +41,11 @@ def of_peers(error: BaseException) -> bool:
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error)):
         return True
     return error.__cause__ is not None and of_peers(error.__cause__)
+
+
+def of_others(error: BaseException, world_size: int) -> bool:
+    """Did another process break a trial off, of whom somebody else will know more?"""
+    return isinstance(error, ray.exceptions.RayError) or (world_size > 1 and of_peers(error))
 
 
 def of_storage(error: BaseException) -> bool:
@@ -69,11 +78,10 @@ def why_lost(error: BaseException, nodes: set[str]) -> tuple[str, str]:
     failures = getattr(error, "worker_failures", None) or {}
     own = [failure for failure in failures.values() if not isinstance(failure, PeerLost)]  # of those that did not only see it
     texts = [str(e) for e in own or failures.values() if str(e).strip()] or [str(error)]
-    whole = "\n".join([str(error), *texts])
-    if any(words in whole for words in ("OutOfMemoryError", "memory on the node", "out of memory")):
+    if any(words in "\n".join(texts) for words in ("OutOfMemoryError", "memory on the node", "out of memory")):
         return "Ray or the system ended a worker for want of memory", "out_of_memory"
-    alone = bool(failures) and all(isinstance(failure, PeerLost) for failure in failures.values())
-    if cluster.was_preempted(error, nodes, unclear=alone):
+    silent = all(isinstance(failure, (PeerLost, WorkerHealthCheckFailedError)) for failure in failures.values())
+    if cluster.was_preempted(error, nodes, unclear=len(nodes) > 1 and silent):
         return "its node is gone", "preempted"
     lines = [line.strip() for line in texts[0].splitlines() if line.strip()]
     return (lines[-1] if lines else type(error).__name__)[:300], "error"

@@ -23,14 +23,25 @@ from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig
 from neo_ray import uploads
 from neo_ray.board import NAMESPACE, kind_of
 from neo_ray.config import ResourcesConfig
-from neo_ray.faults import LoadError, PeerLost, StorageFailed, found_damage, of_peers, of_storage, smaller_may_fit, why_lost
-from neo_ray.records import Stop, log_name
+from neo_ray.faults import (
+    LoadError,
+    PeerLost,
+    StorageFailed,
+    found_damage,
+    of_others,
+    of_peers,
+    of_storage,
+    smaller_may_fit,
+    why_lost,
+)
+from neo_ray.listening import LOADING, Listener
+from neo_ray.records import log_name
 from neo_ray.settings import TrialConfig
 from neo_ray.storage import Damaged, Folder, NoRoom, at
 
 MEMORY_GROWTH = (1.5, 500e6)  # resident bytes after a trial: what the first of its shape left, by a factor and a term
-LOADING = 4  # times the silence that is a hang among steps: weights of a large model come over a network
 MAX_RESTARTS_IN_A_ROW = 3  # workers that die without finishing anything, and not of one trial, are no passing fault
+SECONDS_TO_BE_SEEN = 5.0  # a worker that saw another one's end waits so long, that Ray sees what ended it
 PAUSES_SECONDS = (0.0, 5.0, 20.0)  # before such restarts: of what lasts, none more is lost than time
 
 
@@ -76,7 +87,10 @@ def slot_loop(settings: dict[str, Any]) -> None:
     worker = Worker(board, job, rank, device, idle_since=time.time())
     while True:
         box: list[Any] = [ray.get(board.take.remote(job.slot, worker.kind)) if rank == 0 else None]
-        dist.broadcast_object_list(box, 0)
+        try:
+            dist.broadcast_object_list(box, 0)
+        except RuntimeError as error:
+            raise _lost(str(error)) if of_peers(error) else error from None
         trial_id, data = box[0]
         if trial_id == "closed":
             return
@@ -139,8 +153,8 @@ class Worker:
             self.parts = self.kind = None
             where = traceback.extract_tb(error.__traceback__)[-1]
             message = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
-            if rank_and_world_size()[1] > 1 and of_peers(error):
-                raise PeerLost(message) from None  # the driver looks at what became of the other worker
+            if of_others(error, rank_and_world_size()[1]):
+                raise _lost(message) from None
             if of_storage(error):
                 ray.get(self.board.set_back.remote(self.job.slot, trial_id, message))
                 raise StorageFailed(message) from error  # a slot begins anew, here or where there is room on a disk
@@ -174,14 +188,18 @@ class Worker:
 
     def _train(self, trial_id: str, trial: TrialConfig, taken: float) -> dict[str, Any]:
         """The trial's end as the board takes it. Parts that another trial may use are kept."""
-        from neo_ray.parts import shape_of
+        import torch.distributed as dist
+
+        from neo_ray.parts import rank_and_world_size, shape_of
         from neo_ray.train import train
 
-        stop = _Stop(self.board, self.job, trial_id, watching=self.rank == 0)  # the loop looks on rank 0 alone
+        stop = Listener(self.board, self.job, trial_id, watching=self.rank == 0)  # the loop looks on rank 0 alone
         try:
             if self.parts is None or self.parts.shape != shape_of(trial, self.device):
                 self._load(trial)
             loaded = time.time()
+            if rank_and_world_size()[1] > 1:
+                dist.barrier()  # another worker may have more to fetch
             stop.loaded()
             results = self.job.results
             uploads.bring_checkpoint(results, trial_id)
@@ -215,7 +233,7 @@ class Worker:
         try:
             self.parts = load_parts(self.job.sources, trial, self.device)
         except Exception as error:
-            if devices.is_out_of_memory(error) or isinstance(error, (Damaged, NoRoom)):
+            if devices.is_out_of_memory(error) or isinstance(error, (Damaged, NoRoom)) or of_peers(error):
                 raise
             raise LoadError(f"the models or the data cannot be loaded: {type(error).__name__}: {error}") from error
 
@@ -224,52 +242,14 @@ class Worker:
             ray.get(getattr(self.board, what).remote(*arguments))
 
 
-class _Stop:
-    """Listens to the board in the background, so that the training loop only looks at a flag; and sees that it looks at all."""
-
-    def __init__(self, board: Any, job: SlotJob, trial_id: str, watching: bool) -> None:
-        self.board, self.job, self.trial_id = board, job, trial_id
-        self.asked, self.closed, self.loading = Stop.NO, False, True
-        self.looked = time.monotonic()
-        for watch in (self._listen, self._guard) if watching else ():
-            threading.Thread(target=watch, daemon=True).start()
-
-    def loaded(self) -> None:
-        """The models are there: from now on steps are waited for."""
-        self.looked, self.loading = time.monotonic(), False
-
-    def look(self) -> Stop:
-        """Is the trial to stop? The training loop asks between steps, on rank 0: that is its sign of life."""
-        self.looked = time.monotonic()
-        return self.asked
-
-    def close(self) -> None:
-        """The threads end by themselves: one once the board knows that the trial left its slot."""
-        self.closed = True
-
-    def _listen(self) -> None:
-        while not self.closed and not self.asked:
-            self.asked = ray.get(self.board.when_stopped.remote(self.trial_id))
-
-    def _guard(self) -> None:
-        """A trial that hangs (a collective that never returns) ends its worker: a new one takes it on from its checkpoint."""
-        while not self.closed:
-            time.sleep(min(5.0, self.job.silence_seconds / 4))
-            loading = self.loading
-            limit = self.job.silence_seconds * (LOADING if loading else 1)
-            if not self.closed and time.monotonic() - self.looked > limit:
-                missed = "the models are not loaded after" if loading else "no step for"
-                logging.getLogger("neo_ray").error("trial %s: %s %g s", self.trial_id, missed, limit)
-                if loading:  # no fault of the trial
-                    ray.get(self.board.give_back.remote(self.job.slot, self.trial_id))
-                else:
-                    ray.get(self.board.hang.remote(self.job.slot))
-                os._exit(1)
-
-
 def slots_wait() -> bool:
     """Does a thread still wait for Ray? Then Ray must not be shut down here: it would end the process, with a code of its own."""
     return any(isinstance(thread, SlotRunner) for thread in threading.enumerate())
+
+
+def _lost(message: str) -> PeerLost:
+    time.sleep(SECONDS_TO_BE_SEEN)
+    return PeerLost(message)
 
 
 def _reporter(board: Any, trial_id: str) -> Callable[[dict[str, Any]], None]:
@@ -372,6 +352,11 @@ class SlotRunner(threading.Thread):
             return False
         return True
 
+    def _collectives(self, backend: str) -> ray.train.torch.TorchConfig:
+        """What waits for another worker waits longer than that one may take to load."""
+        config = ray.train.torch.TorchConfig(backend=backend)
+        return replace(config, timeout_s=max(config.timeout_s, int(2 * LOADING * self.job.silence_seconds)))
+
     def _trainer(self) -> Any:
         per_worker: dict[str, float] = {"CPU": self.resources.cpus_per_worker}
         if self.resources.gpus_per_worker:
@@ -384,7 +369,7 @@ class SlotRunner(threading.Thread):
         return ray.train.torch.TorchTrainer(
             slot_loop,
             train_loop_config={"job": self.job},
-            torch_config=ray.train.torch.TorchConfig(backend="nccl" if use_gpu else "gloo"),
+            torch_config=self._collectives("nccl" if use_gpu else "gloo"),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=self.resources.workers_per_trial,
                 use_gpu=use_gpu,

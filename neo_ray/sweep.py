@@ -276,7 +276,9 @@ def command() -> None:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
-        for child in psutil.Process().children(recursive=True):  # of a Ray that was started here
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        for child in reversed(psutil.Process().children(recursive=True)):  # of a Ray that was started here
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.terminate()
         os._exit(code)  # at once: Ray would end this process with 1 when it finds its raylet gone

@@ -5,6 +5,7 @@ Shapes: B sequences of a micro-batch, L tokens, V vocabulary, N scored positions
 
 from __future__ import annotations
 
+import errno
 import math
 import time
 from collections import Counter
@@ -107,7 +108,9 @@ def train(
         if engine.fp16_scale is not None:
             engine.fp16_scale = scaling.LossScale(**state["fp16_scale"])
         checkpoints.restore(engine, trained, checkpoints.load_tensors(resumed), state["step"] - _skipped(engine))
-    elif engine.fp16_scale is not None:  # a checkpoint may come before the first step that is not skipped
+    if sum_over_ranks(torch.tensor(state["step"], device=parts.device)).item() != world_size * state["step"]:
+        raise OSError(errno.ESTALE, f"another worker of this trial has another checkpoint than that of step {state['step']}")
+    if resumed is None and engine.fp16_scale is not None:  # a checkpoint may come before the first step that is not skipped
         checkpoints.create_moments(engine, 0)
     details = {
         "baseline": baseline,

@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,10 +17,10 @@ from botocore.exceptions import ClientError, EndpointConnectionError
 from safetensors import SafetensorError
 from test_slots import Called
 
-from neo_ray import checkpoints, slot
+from neo_ray import checkpoints, listening, slot
 from neo_ray.board import Board
 from neo_ray.faults import LoadError, PeerLost, StorageFailed, of_peers, of_storage
-from neo_ray.records import log_name
+from neo_ray.records import Stop, log_name
 from neo_ray.settings import TrialConfig
 from neo_ray.storage import Remote
 
@@ -126,11 +127,35 @@ def test_a_fault_of_the_trial_ends_it_and_names_its_log(worker: Any, tmp_path: P
 def test_who_sees_another_worker_end_says_nothing_of_the_trial(worker: Any, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """One that is alone has no other: then it is a fault of the trial."""
     monkeypatch.setattr("neo_ray.parts.rank_and_world_size", lambda: (0, count))
+    monkeypatch.setattr(slot, "SECONDS_TO_BE_SEEN", 0.0)
     items, raised = failing(worker, GLOO)
     if count == 1:
         assert raised is None and [item["state"] for item in items] == ["FAILED"]
     else:
         assert isinstance(raised, PeerLost) and not items and worker.real.in_slot == {0: "0000"}
+
+
+def test_a_board_that_is_out_of_reach_fails_no_trial(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slot, "SECONDS_TO_BE_SEEN", 0.0)
+    items, raised = failing(worker, slot.ray.exceptions.ActorUnavailableError("the board", None))
+    assert isinstance(raised, PeerLost) and not items and worker.real.in_slot == {0: "0000"}
+
+
+def test_a_stop_is_heard_though_the_board_was_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: list[Any] = [slot.ray.exceptions.ActorUnavailableError("the board", None), Stop.PRUNED]
+
+    def when_stopped(trial: str) -> Any:
+        found = answers.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(slot.ray, "get", lambda value: value)
+    monkeypatch.setattr(listening.time, "sleep", lambda seconds: None)
+    board: Any = SimpleNamespace(when_stopped=SimpleNamespace(remote=when_stopped))
+    heard = listening.Listener(board, slot.SlotJob(0, "board", None, "folder", 60), "0000", watching=False)
+    heard._listen()
+    assert heard.look() == Stop.PRUNED and not answers
 
 
 def test_a_log_that_cannot_be_kept_fails_no_trial(worker: Any, tmp_path: Path) -> None:
@@ -156,14 +181,14 @@ def test_loading_that_hangs_is_seen_later_than_a_step_that_does_and_is_no_fault_
     worker: Any, loads: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     died, begun = threading.Event(), time.monotonic()
-    monkeypatch.setattr(slot.os, "_exit", lambda code: (died.set(), stop.close()))
+    monkeypatch.setattr(listening.os, "_exit", lambda code: (died.set(), stop.close()))
     job = slot.SlotJob(0, "board", None, "folder", 0.2)
-    monkeypatch.setattr(slot._Stop, "_listen", lambda self: None)
-    stop = slot._Stop(worker.board, job, "0000", watching=True)
+    monkeypatch.setattr(listening.Listener, "_listen", lambda self: None)
+    stop = listening.Listener(worker.board, job, "0000", watching=True)
     if loads:
         stop.loaded()
     assert died.wait(20)
-    assert time.monotonic() - begun >= 0.2 * (1 if loads else slot.LOADING)
+    assert time.monotonic() - begun >= 0.2 * (1 if loads else listening.LOADING)
     assert worker.real.hung == ({0} if loads else set())
     assert list(worker.real.queue) == ([] if loads else ["0000"])
 

@@ -12,8 +12,8 @@ import ray
 
 from neo_ray import cluster, crew
 from neo_ray.crew import Crew, SourcesDamaged, TargetsFailed
+from neo_ray.listening import LOADING
 from neo_ray.settings import ConfigError
-from neo_ray.slot import LOADING
 from neo_ray.storage import Damaged
 from neo_ray.stores import Shard
 

@@ -170,8 +170,10 @@ def test_models_that_do_not_load_end_the_sweep_and_fail_no_trial(tiny_world: Wor
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [1, 2])
-def test_a_trial_whose_worker_dies_goes_on_from_its_checkpoint(tiny_world: World, tmp_path: Path, count: int) -> None:
+@pytest.mark.parametrize(("count", "is_first"), [(1, True), (2, True), (2, False)])
+def test_a_trial_whose_worker_dies_goes_on_from_its_checkpoint(
+    tiny_world: World, tmp_path: Path, count: int, is_first: bool
+) -> None:
     """Of two, the other one sees a collective fail, which is no failure of the trial."""
     (tmp_path / "sitecustomize.py").write_text(FAULT + watched_steps())
     resources = {"concurrency": 1, "workers_per_trial": count, "max_failures": 1}
@@ -182,7 +184,7 @@ def test_a_trial_whose_worker_dies_goes_on_from_its_checkpoint(tiny_world: World
     workers = workers_of(process)
     assert len(workers) == count, "one slot"
     first = begun(tmp_path)[-1].pid
-    next(worker for worker in workers if (worker.pid == first) == (count == 1)).kill()
+    next(worker for worker in workers if (worker.pid == first) == is_first).kill()
     text = finish(process)
     assert process.returncode == 0, text
     assert "lost its workers in trial 0000" in text and "gloo" not in text

@@ -34,6 +34,7 @@ def test_a_stored_teacher_is_no_farther_from_a_living_one_than_another_seed_and_
         seeds = seeds_of(found, arm)
         assert not swapped(means(found, "live", seeds), means(found, arm, seeds))
     assert not swapped(means(found, "live", [0]), means(found, "live", [1, 2]))
+    assert found["hidden", 0] == found["live", 0], "as the page says: to the last bit"
 
 
 def test_another_score_is_seen(tmp_path: Path) -> None:

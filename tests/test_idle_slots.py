@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from ray.train.torch import TorchConfig
 
 from neo_ray import board, slot
+from neo_ray.config import ResourcesConfig
 
 pytestmark = pytest.mark.slow
 
@@ -58,8 +58,8 @@ def _worker(rank: int, folder: Path, patience_seconds: float) -> None:
     threading.Timer(IDLE_SECONDS, lambda: asked.close.remote()).start()
     begun = time.monotonic()
     slot.slot_loop({"job": slot.SlotJob(0, "board", None, str(folder), 60.0)})
-    assert time.monotonic() - begun >= IDLE_SECONDS - 0.1
     if rank == 0:
+        assert time.monotonic() - begun >= IDLE_SECONDS - 0.5
         taken = [answer for name, answer in asked.answers if name == "take"]
         assert taken[-1] == ("closed", None) and set(taken[:-1]) == {("", None)} and len(taken) > IDLE_SECONDS / TIMEOUT_SECONDS
     dist.destroy_process_group()
@@ -67,7 +67,11 @@ def _worker(rank: int, folder: Path, patience_seconds: float) -> None:
 
 def test_the_board_answers_before_a_collective_gives_up(tmp_path: Path) -> None:
     mp.spawn(_worker, args=(tmp_path, TIMEOUT_SECONDS / 4), nprocs=2)
-    assert 3 * board.PATIENCE_SECONDS <= 60 < TorchConfig().timeout_s, "as Ray Train makes the group"
+    for silence_minutes in (0.25, 30, 600):
+        runner = slot.SlotRunner(slot.SlotJob(0, "board", None, "folder", 60 * silence_minutes), ResourcesConfig(), None, print)
+        made = runner._trainer().backend_config
+        assert 3 * board.PATIENCE_SECONDS <= 60 < made.timeout_s, "as Ray Train makes the group"
+        assert made.timeout_s > slot.LOADING * 60 * silence_minutes, "what waits for another worker to load waits longer"
 
 
 def test_a_board_that_kept_them_waiting_would_lose_the_slot(tmp_path: Path) -> None:

@@ -32,8 +32,8 @@ ROOMS = {
         "suite_claims surface trends upcoming "
     ),
     "ray": (
-        "access board builder cluster crew faults handover lease loggers mirror progress relay running schedulers searcher slot "
-        "slots steering storehouse trackers tuner"
+        "access board builder cluster crew faults handover lease listening loggers mirror progress relay running schedulers "
+        "searcher slot slots steering storehouse trackers tuner"
     ),
     "doors": (
         "__init__ analyze bench bench_loss bench_others bench_pairs bench_reader bench_step bench_summary bench_sweep "

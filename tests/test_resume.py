@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.multiprocessing as mp
 from test_train import CPU, a_trial, curve
 
 from neo_ray import bench_step
+from neo_ray.faults import of_storage
 from neo_ray.parts import Sources, load_parts
 from neo_ray.settings import LoraConfig, TrialConfig
 from neo_ray.train import Outcome, train
@@ -47,10 +49,15 @@ def _two_workers(rank: int, root: Path, sources: Sources) -> None:
     """Go on with what one worker left, and leave the same for one worker."""
     torch.set_num_threads(1)
     found = {}
+    if rank == 0:
+        shutil.copytree(folder_of(root, 1, 0), root / "apart-0")
     with bench_step.process_group(CPU, rank, 2, root / "meeting"):
         for stage in STAGES:
             go(sources, stage, folder_of(root, 2, stage), stop=4)
             found[stage] = go(sources, stage, folder_of(root, 1, stage))
+        with pytest.raises(OSError, match="another worker of this trial has another checkpoint") as raised:
+            go(sources, 0, root / f"apart-{rank}")  # as where a file system shows the newest to one of them alone
+        assert of_storage(raised.value)
     if rank == 0:
         torch.save(found, root / "found")
 

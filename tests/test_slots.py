@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 
@@ -276,7 +277,9 @@ def test_a_death_with_its_node_is_told_from_another(monkeypatch: pytest.MonkeyPa
     died, gone = ray.exceptions.ActorDiedError(), ray.exceptions.ActorDiedError()
     gone._preempted = True
     assert not was_preempted(WorkerGroupError("x", {0: died}), {"a"}) and was_preempted(WorkerGroupError("x", {0: gone}), {"a"})
-    silent = WorkerGroupError("x", {0: ray.exceptions.ActorUnavailableError("x", None)})
+    wrapped = WorkerHealthCheckFailedError("as Ray Train hands it over", gone)
+    assert was_preempted(WorkerGroupError("x", {0: wrapped}), {"a"})
+    silent = WorkerGroupError("x", {0: WorkerHealthCheckFailedError("x", ray.exceptions.ActorUnavailableError("x", None))})
     monkeypatch.setattr("neo_ray.cluster.time.sleep", lambda seconds: alive[0].update(Alive=False))
     assert was_preempted(silent, {"a"}), "known to be dead only at the second look"
 
@@ -285,8 +288,17 @@ def test_who_only_saw_a_worker_end_does_not_say_why(monkeypatch: pytest.MonkeyPa
     """What another one says comes first; where nobody says anything, its node is given time to be known as dead."""
     waited: list[bool] = []
     monkeypatch.setattr(cluster, "was_preempted", lambda error, nodes, unclear: bool(waited.append(unclear)))
-    saw, died = PeerLost("Connection closed by peer"), RuntimeError("killed by signal 9")
-    assert why_lost(WorkerGroupError("x", {0: saw, 1: died}), set()) == ("killed by signal 9", "error")
-    assert why_lost(WorkerGroupError("x", {0: saw}), set()) == ("Connection closed by peer", "error")
-    assert why_lost(RuntimeError("another"), set()) == ("another", "error")
-    assert waited == [False, True, False]
+    saw, raised = PeerLost("Connection closed by peer"), RuntimeError("a fault of its own")
+    died = WorkerHealthCheckFailedError("x", ray.exceptions.ActorDiedError())
+    nodes = {"a", "b"}
+    assert why_lost(WorkerGroupError("x", {0: saw, 1: raised}), nodes) == ("a fault of its own", "error")
+    assert why_lost(WorkerGroupError("x", {0: saw}), nodes) == ("Connection closed by peer", "error")
+    assert why_lost(WorkerGroupError("x", {0: saw, 1: died}), nodes)[0] != "Connection closed by peer"
+    assert why_lost(WorkerGroupError("x", {0: saw}), {"a"}) == ("Connection closed by peer", "error"), "its node lives: it spoke"
+    assert waited == [False, True, True, False]
+
+
+def test_want_of_memory_is_a_workers_and_not_that_of_what_stands_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "was_preempted", lambda error, nodes, unclear: False)
+    killed = ray.exceptions.OutOfMemoryError("Task was killed due to the node running low on memory (OutOfMemoryError)")
+    assert why_lost(WorkerGroupError("x", {0: WorkerHealthCheckFailedError("x", killed)}), {"a"})[1] == "out_of_memory"
