@@ -1,8 +1,8 @@
 """How many trials run at a time on one machine, each in workers of its own, until its memory ends? And what do they take?
 
-`PYTHONPATH=.:tests python tests/worker_groups.py [--slots 2 4 8] [--out docs/worker_groups.json]`: for each a sweep of
-the tests' tiny pair, of as many trials, whose steps are held until all of them train. Tiny models: what remains is what a worker
-group costs whatever it trains.
+`PYTHONPATH=.:tests python tests/worker_groups.py [--slots 2 4 8] [--out docs/worker_groups.json]`: for each a sweep of the tests'
+tiny pair, of as many trials, whose steps are held until all of them train. Models are tiny: what remains is what a worker group
+costs whatever it trains. docs/scale.md has the table.
 """
 
 from __future__ import annotations
@@ -95,6 +95,31 @@ def measured(folder: Path, world: World, count: int) -> dict[str, Any]:
     row["complete"] = sum(record.state == "COMPLETE" for record in load_records(folder / "results" / "tiny"))
     row["lost"] = text.count("lost its workers")
     return row
+
+
+def table(found: dict[str, Any]) -> str:
+    """Rows of a page: what each number of trials at a time took, and what one more did."""
+    rows, lines = (
+        found["rows"],
+        ["| trials at a time | until all train | the processes of all | of which the workers | COMPLETE |"],
+    )
+    lines.append("| --- " * 5 + "|")
+    for row in rows:
+        whole = row["driver_bytes"] + sum(kind["bytes"] for kind in row["bytes"].values())
+        workers = row["bytes"]["worker"]["bytes"]
+        cells = [f"{row['seconds_to_begin']:.0f} s", f"{whole / 1e9:.1f} GB", f"{workers / 1e9:.1f} GB"]
+        lines.append(f"| {row['slots']} | {' | '.join(cells)} | {row['complete']} |")
+    return "\n".join(lines)
+
+
+def per_slot(found: dict[str, Any]) -> tuple[float, float]:
+    """Bytes of what stands for one more trial on the head, and of its worker, by the fewest and the most at a time."""
+    first, last = found["rows"][0], found["rows"][-1]
+    kinds = [kind for kind in last["bytes"] if kind not in ("worker", "once a machine", "idle", "board")]
+    held = [sum(row["bytes"].get(kind, {"bytes": 0})["bytes"] for kind in kinds) for row in (first, last)]
+    workers = [row["bytes"]["worker"]["bytes"] for row in (first, last)]
+    more = last["slots"] - first["slots"]
+    return (held[1] - held[0]) / more, (workers[1] - workers[0]) / more
 
 
 def held_by(processes: list[psutil.Process]) -> dict[str, dict[str, int]]:
