@@ -88,12 +88,16 @@ def inject(train):
 """
 
 
+RELAY = "ray::ResourceTrainable"
+"""The process that stands for a trial in Tune: Ray names it after what Tune makes of a Relay."""
+
+
 def reported(journal: Path, rung: int = 1) -> bool:
     return journal.exists() and f'"rung": {rung}' in journal.read_text()
 
 
-def workers_of(process: subprocess.Popen[str], kind: str = "RayTrainWorker") -> list[psutil.Process]:
-    """The processes that train, or another kind's: Ray renames them after the class of the actor."""
+def workers_of(process: subprocess.Popen[str] | psutil.Process, kind: str = "RayTrainWorker") -> list[psutil.Process]:
+    """The processes that train, or another kind's, of those below: Ray renames them after the class of the actor."""
     found = []
     for child in psutil.Process(process.pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):  # one that has ended meanwhile
@@ -202,8 +206,8 @@ def test_a_trial_whose_relay_is_killed_is_not_run_again(tiny_world: World, tmp_p
     process = start(path, "resources.concurrency=1", also_import=tmp_path)
     journal = tmp_path / "results" / "tiny" / "journal.jsonl"
 
-    def relays() -> list[psutil.Process]:  # Ray names the process after what Tune makes of a Relay
-        return [relay for relay in workers_of(process, "ray::ResourceTrainable") if relay.pid not in killed]
+    def relays() -> list[psutil.Process]:
+        return [relay for relay in workers_of(process, RELAY) if relay.pid not in killed]
 
     for rung in (1, 2):
         wait_for(lambda rung=rung: reported(journal, rung), process)  # type: ignore[misc]

@@ -8,17 +8,15 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from doors import ROOT
+from loopback import PATH, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 MACHINE = ROOT / "tests" / "nfs_machine.sh"
-PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 NEEDED = ("linux.uml", "exportfs", "rpc.nfsd", "rpc.mountd", "mount.nfs4", "modprobe", "ip", "nsenter", "unshare")
 LACKING = [name for name in NEEDED if shutil.which(name, path=PATH) is None]
 ALL_HELD, MOUNTED = "two machines: all held", "/run/two nfs4 "
@@ -58,19 +56,13 @@ def test_two_machines_with_nfs_in_common(short_folder: Path) -> None:
             start_new_session=True,
         )
     try:
-        within(180, lambda: MOUNTED in said.read_text(errors="replace") or process.poll() is not None)
+        with contextlib.suppress(AssertionError):
+            wait_until(lambda: MOUNTED in said.read_text(errors="replace") or process.poll() is not None, "it is up", 180)
         if MOUNTED not in said.read_text(errors="replace"):
             pytest.skip("not here: no User-Mode Linux with NFS starts")
-        ended = within(900, lambda: process.poll() is not None)
-        assert ended and ALL_HELD in said.read_text(errors="replace"), said.read_text(errors="replace")
+        wait_until(lambda: process.poll() is not None, "all was asked", 900)
+        assert ALL_HELD in said.read_text(errors="replace"), said.read_text(errors="replace")
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-def within(seconds: float, holds: Callable[[], bool]) -> bool:
-    until = time.monotonic() + seconds
-    while not holds() and time.monotonic() < until:
-        time.sleep(0.5)
-    return holds()

@@ -13,7 +13,7 @@ from doors import finish, start, wait_for
 from intact import begun, intact, watched_steps
 from sites import LONG, Site, names_in
 from test_access import GATED, TOKEN, hub  # noqa: F401  (a fixture)
-from test_faults import FAULT
+from test_faults import FAULT, RELAY, workers_of
 from tiny import World
 
 from neo_ray import access
@@ -65,18 +65,6 @@ def inject(train):
 """
 
 
-def relays() -> list[psutil.Process]:
-    """What stands for trials in Tune; Ray names the processes. The nodes are children of this one."""
-    found = []
-    for child in psutil.Process().children(recursive=True):
-        try:
-            if "ray::ResourceTrainable" in " ".join(child.cmdline()):
-                found.append(child)
-        except psutil.NoSuchProcess:
-            continue
-    return found
-
-
 def test_each_trial_has_its_own_fault_and_the_study_is_locked(site: Site, tiny_world: World) -> None:
     """One hangs, one is short of memory, one kills its worker each time, one finds the disk full, and relays are killed."""
     (site.folder / "sitecustomize.py").write_text(FAULT + watched_steps(0.1) + ILL)
@@ -97,7 +85,7 @@ def test_each_trial_has_its_own_fault_and_the_study_is_locked(site: Site, tiny_w
     lock.execute("BEGIN EXCLUSIVE")
     try:
         wait_for(lambda: any(site.rungs()), process)
-        killed = relays()
+        killed = workers_of(psutil.Process(), RELAY)  # the nodes are children of this process
         assert killed
         for relay in killed:
             relay.kill()

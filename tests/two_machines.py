@@ -82,18 +82,6 @@ def hold_after(folder: Path) -> None:
             time.sleep(0.2)
 
 
-def take(folder: Path) -> None:
-    """Take it, as soon as nobody is heard of."""
-    until = time.monotonic() + SECONDS
-    while time.monotonic() < until:
-        try:
-            with lease(folder, SILENCE_SECONDS):
-                print("taken", flush=True)
-                return
-        except Held:
-            time.sleep(0.2)
-
-
 def fill_at_once(folder: Path) -> None:
     meet(folder.parent)
     fill(folder)
@@ -133,7 +121,7 @@ def read(folder: Path) -> None:
     print("read", flush=True)
 
 
-ROLES = {role.__name__: role for role in (drive, ask, hold, hold_after, take, fill, fill_at_once, write, read)}
+ROLES = {role.__name__: role for role in (drive, ask, hold, hold_after, fill, fill_at_once, write, read)}
 
 
 def begin(where: str, folder: Path, role: str) -> subprocess.Popen[str]:
@@ -163,7 +151,9 @@ def main(one: Path, two: Path) -> None:
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
     assert ended(begin("TWO", two / "killed", "ask")) == [["refused"]], "while it lives"
     os.killpg(holder.pid, signal.SIGKILL)
-    assert ended(begin("TWO", two / "killed", "take")) == [["taken"]]
+    taker = begin("TWO", two / "killed", "hold_after")
+    assert taker.stdout is not None and taker.stdout.readline() == "held\n"
+    os.killpg(taker.pid, signal.SIGKILL)
 
     holder = begin("ONE", one / "stopped", "hold")
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
