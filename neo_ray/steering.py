@@ -1,10 +1,13 @@
-"""What if Ray, short of memory, ends a process that steers the sweep? Tune begins a relay anew, as after any other death."""
+"""What does Tune do here that Ray's own does not? It outlives a relay's end for want of memory, and ends none that is just begun.
+
+Two parts of Tune's controller are ours while a phase runs, and Ray's own again after it.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from ray.exceptions import ActorDiedError, OutOfMemoryError
@@ -30,20 +33,34 @@ def _actors(of_ray: Any) -> type[Any]:
     return Actors
 
 
+def _next_relay(of_ray: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:
+    """Which trial takes an idle relay? One that has none. Ray's own gives it to a trial whose relay is being begun, and ends that
+    one half-way, so that the next trial begins another: where trials end faster than processes begin, no relay is ever kept
+    again, and each trial costs a process of seconds of the head's CPU (docs/scale.md)."""
+
+    def maybe_reuse(controller: Any, trial: Any) -> bool:
+        return trial not in controller._trial_to_actor and of_ray(controller, trial)
+
+    return maybe_reuse
+
+
+def _theirs() -> dict[str, tuple[Any, str, Callable[[Any], Any]]]:
+    """What it is called → where it is, its name there, and what makes ours of it."""
+    from ray.tune.execution import tune_controller
+
+    found = {"RayActorManager": (tune_controller, "RayActorManager", _actors)}
+    controller = getattr(tune_controller, "TuneController", None)
+    return {**found, "TuneController": (controller, "_maybe_reuse_cached_actor", _next_relay)}
+
+
 @contextmanager
 def steering() -> Iterator[None]:
-    """Tune, while it is in here, outlives the end of a relay for want of memory. A Ray built otherwise is left as it is."""
-    try:
-        from ray.tune.execution import tune_controller
-
-        of_ray = tune_controller.RayActorManager
-        ours = _actors(of_ray)
-    except (ImportError, AttributeError):
-        logging.getLogger("neo_ray").warning("this Ray ends a sweep where it ends a relay for want of memory")
+    """Tune as above while it is in here. A Ray built otherwise is left as it is."""
+    with ExitStack() as at_end:
+        for what, (where, name, make) in _theirs().items():
+            if (theirs := getattr(where, name, None)) is None:
+                logging.getLogger("neo_ray").warning("Ray Tune's %s is built otherwise than it was: left as it is", what)
+                continue
+            setattr(where, name, make(theirs))
+            at_end.callback(setattr, where, name, theirs)
         yield
-        return
-    tune_controller.RayActorManager = ours  # type: ignore[misc]
-    try:
-        yield
-    finally:
-        tune_controller.RayActorManager = of_ray  # type: ignore[misc]

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import optuna
 import psutil
 import ray
 from doors import sweep_file
@@ -27,14 +28,21 @@ from tiny import World, make_world
 import neo_ray.tuner
 from neo_ray import analyze, sweep
 from neo_ray.board import NAMESPACE
-from neo_ray.records import Journal, Stop, fold
+from neo_ray.records import Journal, Stop, TrialRecord, fold
 from neo_ray.settings import TrialConfig
 from neo_ray.slot import SlotRunner
 
 POINTS = 4
 BLOCK = 250
 """Trials between two rows of figures."""
-KINDS = {"ray::Board": "board", "ray::Relay": "relays", "ray::Sleepers": "doubles", "gcs_server": "gcs", "/raylet ": "raylet"}
+KINDS = {
+    "ray::Board": "board",
+    "ray::Relay": "relays",
+    "ray::ResourceTrainable": "relays",
+    "ray::Sleepers": "doubles",
+    "gcs_server": "gcs",
+    "/raylet ": "raylet",
+}
 
 
 class Sleepers:
@@ -168,6 +176,13 @@ def main() -> int:
     return found["code"]
 
 
+def crossed(results: Path, records: list[TrialRecord]) -> int:
+    """Trials that were stopped as they completed: the study was told of the stop, and the journal of what they reached."""
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{results / 'study.db'}")
+    told = {trial.user_attrs["trial"]: trial.state.name for trial in study.get_trials(deepcopy=False)}
+    return sum(told[record.id] != record.state for record in records)
+
+
 def measured(folder: Path, world: World, asked: argparse.Namespace) -> dict[str, Any]:
     path = sweep_file(
         world,
@@ -199,10 +214,12 @@ def measured(folder: Path, world: World, asked: argparse.Namespace) -> dict[str,
     begun, cpu = time.time(), time.process_time()
     analyze.write(analyze.analyse(results), results)
     found |= {"report_seconds": time.time() - begun, "report_cpu_seconds": time.process_time() - cpu}
-    begun, cpu = time.time(), time.process_time()
-    code = sweep.main([str(path), f"sampler.num_trials={asked.trials + 1}"])
-    found |= {"one_more_seconds": time.time() - begun, "one_more_cpu_seconds": time.process_time() - cpu, "rows": watch.rows}
-    found["code"] = found["code"] or code
+    found["crossed"], found["one_more"] = crossed(results, records), list[dict[str, float]]()
+    for more in (1, 2):
+        begun, cpu = time.time(), time.process_time()
+        found["code"] = sweep.main([str(path), f"sampler.num_trials={asked.trials + more}"]) or found["code"]
+        found["one_more"].append({"seconds": time.time() - begun, "cpu_seconds": time.process_time() - cpu})
+    found["rows"] = watch.rows
     del doubles  # a named actor lives as long as somebody holds it
     return found
 

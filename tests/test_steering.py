@@ -1,7 +1,9 @@
-"""Does the sweep go on where Ray, short of memory, ended a process that steers it, and does the driver say it where it cannot?"""
+"""Does the sweep go on where Ray, short of memory, ended a process that steers it, does the driver say it where it cannot, and
+are relays left alone that are being begun?"""
 
 from __future__ import annotations
 
+import logging
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,6 +52,48 @@ def test_ray_alone_would_end_the_sweep() -> None:
         failing(KILLED)
 
 
+class Controller:
+    """Of Tune's: a trial whose relay is being begun, one that has none, and an idle relay."""
+
+    def __init__(self) -> None:
+        self.begun, self.idle = object(), SimpleNamespace()
+        self._trial_to_actor, self._actor_to_trial = {"waits": self.begun}, {self.begun: "waits"}
+        self._resetting_trials, self.ended = set[str](), list[object]()
+        self._actor_manager = SimpleNamespace(_live_actors_to_ray_actors_resources={id(self.idle): ("its actor", None)})
+        self._actor_cache = tune_controller._ObjectCache(may_keep_one=True)
+        self._actor_cache.cache_object("head", id(self.idle))
+
+    def _remove_actor(self, tracked_actor: object) -> None:
+        self.ended.append(tracked_actor)
+
+    def _schedule_trial_reset(self, *_: object) -> None:
+        pass
+
+
+def takes_the_idle_relay(controller: Controller, name: str) -> bool:
+    class Trial(str):
+        placement_group_factory, config, experiment_tag = "head", None, None
+
+        def set_ray_actor(self, _: object) -> None:
+            pass
+
+    return tune_controller.TuneController._maybe_reuse_cached_actor(controller, Trial(name))  # type: ignore[arg-type]
+
+
+def test_a_relay_that_is_being_begun_is_not_ended_for_an_idle_one() -> None:
+    controller = Controller()
+    with steering():
+        assert not takes_the_idle_relay(controller, "waits") and controller._trial_to_actor["waits"] is controller.begun
+        assert takes_the_idle_relay(controller, "next") and controller._trial_to_actor["next"] == id(controller.idle)
+    assert not controller.ended
+
+
+def test_ray_alone_would_end_it() -> None:
+    """Once this fails, Ray knows better, and that part of `steering` can go."""
+    controller = Controller()
+    assert takes_the_idle_relay(controller, "waits") and controller.ended == [controller.begun]
+
+
 def test_what_is_not_of_memory_is_not_hidden() -> None:
     with pytest.raises(RuntimeError, match="^a mistake$"), steering():
         raise RuntimeError("a mistake")
@@ -75,7 +119,12 @@ def test_a_board_that_was_ended_for_its_memory_ends_the_sweep_and_is_said(
     assert pressed and "ran out of memory" in str(recorder.failed) and "same command" in str(recorder.failed)
 
 
-def test_a_ray_that_is_built_otherwise_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(tune_controller, "RayActorManager")
+@pytest.mark.parametrize("name", ["RayActorManager", "TuneController"])
+def test_a_ray_that_is_built_otherwise_is_left_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    monkeypatch.delattr(tune_controller, name)
+    monkeypatch.setattr(logging.getLogger("neo_ray"), "propagate", True)
     with steering():
-        assert not hasattr(tune_controller, "RayActorManager")
+        assert not hasattr(tune_controller, name)
+    assert not hasattr(tune_controller, name) and name in caplog.text
