@@ -20,10 +20,12 @@ from neo_ray.config import ResourcesConfig
 from neo_ray.mistakes import guess
 from neo_ray.settings import ConfigError
 
-HEAD = {"node:__internal_head__": 0.001}  # every cluster has it: light processes sit there and take no worker's CPU
-
-HEAD_BYTES_OF_SLOT = int(0.8e9)
-"""Of the processes that Tune and Train keep on the head for each slot, their own share of memory (docs/scale.md)."""
+HEAD = {"node:__internal_head__": 0.0001}
+"""Every cluster has 1 of it, at its head: light processes take the least there is, and no worker's CPU."""
+HEAD_SLOTS = 850
+"""Slots that find room on a head: for each Ray Train asks for 0.001 of the same, and would wait for it without an end."""
+HEAD_BYTES_OF_SLOT = int(0.95e9)
+"""Of the processes that Tune and Train keep for each slot beside its workers, their own share of memory (docs/scale.md)."""
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
 """`ray up` leaves the cluster's file on its head: which nodes there are, and how many may come."""
 DEVICE_BYTES = {"T4": 16e9, "V100": 32e9, "L4": 24e9, "A10G": 24e9, "L40S": 48e9, "A100": 80e9, "H100": 80e9, "H200": 141e9}
@@ -201,9 +203,14 @@ def nodes_on_demand(num_up: int, bootstrap: Path = BOOTSTRAP) -> tuple[Node, ...
 def concurrency(resources: ResourcesConfig, capacity: Capacity) -> int:
     """Slots: as asked, or as many as the cluster holds, nodes on demand included. Raises ConfigError where not one fits."""
     nodes = (*capacity.nodes, *capacity.coming)
+    if resources.concurrency != "auto" and resources.concurrency > HEAD_SLOTS:
+        raise ConfigError(
+            f"resources.concurrency: {resources.concurrency} trials at a time were asked for, and Ray Train has room for "
+            f"{HEAD_SLOTS} on a cluster's head; more workers a trial (resources.workers_per_trial) use as many GPUs"
+        )
     if resources.nodes_on_demand and resources.concurrency != "auto":
         return resources.concurrency
-    fits = _whole_trials(resources, (node.workers(resources) for node in nodes))
+    fits = min(HEAD_SLOTS, _whole_trials(resources, (node.workers(resources) for node in nodes)))
     if fits < 1:
         raise ConfigError(_why_not_one(resources, nodes))
     if resources.concurrency == "auto":
@@ -219,18 +226,28 @@ def places(resources: ResourcesConfig, capacity: Capacity, worker_bytes: int) ->
         return resources.concurrency
     free = resources.model_copy(update={"concurrency": "auto"})
     try:
-        fits = fit_head(free, capacity, fit_memory(free, capacity, worker_bytes, concurrency(free, capacity)))
+        fits = fit_memory(free, capacity, worker_bytes, concurrency(free, capacity))
     except ConfigError:
         return 0
+    fits = fit_head(free, capacity, fits, worker_bytes)
     return fits if resources.concurrency == "auto" else min(fits, resources.concurrency)
 
 
-def fit_head(resources: ResourcesConfig, capacity: Capacity, slots: int) -> int:
-    """Slots whose processes the head has memory for: fewer than `slots` where their number was left to us."""
+def fit_head(resources: ResourcesConfig, capacity: Capacity, slots: int, worker_bytes: int) -> int:
+    """Slots whose processes the head has memory for: fewer than `slots` where their number was left to us.
+
+    Args:
+        worker_bytes: as of `fit_memory`; without GPUs the head's own workers lie in the same memory.
+    """
     head = next((node for node in capacity.nodes if node.head and node.memory_bytes), None)
     if head is None or resources.concurrency != "auto" or not resources.memory_check:
         return slots
-    return min(slots, max(1, int(head.memory_bytes // HEAD_BYTES_OF_SLOT)))
+    workers = 0 if resources.gpus_per_worker else head.workers(resources)
+
+    def held(slots: int) -> int:
+        return slots * HEAD_BYTES_OF_SLOT + min(slots * resources.workers_per_trial, workers) * worker_bytes
+
+    return next((fewer for fewer in range(slots, 1, -1) if held(fewer) <= head.memory_bytes), 1)
 
 
 def fit_memory(resources: ResourcesConfig, capacity: Capacity, worker_bytes: int, slots: int) -> int:

@@ -128,7 +128,7 @@ class ResourcesConfig(Section):
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK"] = "PACK"
     """Where the workers of one trial go: together where they fit, one a node where they can, or on one node in any case."""
     concurrency: int | Literal["auto"] = "auto"
-    """Trials at the same time; `auto` fills the cluster."""
+    """Trials at the same time, at most 850 (docs/scale.md); `auto` fills the cluster."""
     nodes_on_demand: bool = False
     """Nodes come as trials ask for them and only the cluster knows how many (KubeRay); needs a number as concurrency.
 

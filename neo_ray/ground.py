@@ -96,7 +96,7 @@ def connected(config: SweepConfig, sources: Sources, supply: Supply, announce: A
         slots = cluster.concurrency(config.resources, capacity)
         plan = make_plan(config, _train_split(sources), supply=supply)
         slots = cluster.fit_memory(config.resources, capacity, plan.least_memory_bytes, slots)
-        if (room := cluster.fit_head(config.resources, capacity, slots)) < slots:
+        if (room := cluster.fit_head(config.resources, capacity, slots, plan.least_memory_bytes)) < slots:
             announce(f"of {slots} trials at a time, the head has memory for the processes of {room}: a larger head takes more")
             slots = room
         builders = cluster.builders(config.resources, capacity, plan.builder_bytes, slots)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +11,10 @@ from typing import Any
 
 import pytest
 import yaml
+from ray.train.v2._internal.callbacks import placement_group_callback
 
 from neo_ray import cluster
-from neo_ray.cluster import Capacity, Node, concurrency, fit_head, fit_memory, nodes_on_demand, places
+from neo_ray.cluster import HEAD_SLOTS, Capacity, Node, concurrency, fit_head, fit_memory, nodes_on_demand, places
 from neo_ray.config import ResourcesConfig
 from neo_ray.settings import ConfigError
 
@@ -136,10 +139,30 @@ def test_memory_limits_the_slots_or_refuses_them() -> None:
 def test_the_heads_memory_bounds_how_many_trials_run_at_a_time() -> None:
     many = Capacity((Node(cpus=8, memory_bytes=64e9, head=True), *(Node(cpus=8, gpus=8, memory_bytes=1e12) for _ in range(200))))
     asked = resources(gpus_per_worker=1, concurrency="auto")
-    assert concurrency(asked, many) == 1600 and fit_head(asked, many, 1600) == 80 == places(asked, many, 0)
-    assert fit_head(resources(gpus_per_worker=1, concurrency=500), many, 500) == 500, "as was asked"
-    assert fit_head(asked.model_copy(update={"memory_check": False}), many, 1600) == 1600
-    assert fit_head(asked, Capacity(many.nodes[1:]), 1600) == 1600, "where it is not known"
+    assert concurrency(asked, many) == 850 and fit_head(asked, many, 850, 0) == 67 == places(asked, many, 0)
+    assert fit_head(resources(gpus_per_worker=1, concurrency=500), many, 500, 0) == 500, "as was asked"
+    assert fit_head(asked.model_copy(update={"memory_check": False}), many, 1600, 0) == 1600
+    assert fit_head(asked, Capacity(many.nodes[1:]), 1600, 0) == 1600, "where it is not known"
+
+
+def test_no_more_slots_than_ray_train_places_on_a_head() -> None:
+    """Once this fails, Ray Train asks the head for another share, and `HEAD_SLOTS` is another number."""
+    (share,) = set(re.findall(r"HEAD_NODE_RESOURCE_NAME: ([\d.]+)", inspect.getsource(placement_group_callback)))
+    relay = board = cluster.HEAD["node:__internal_head__"]
+    assert HEAD_SLOTS * (float(share) + relay) + board < 0.95, "slots that end hold theirs for a while beside those that begin"
+    with pytest.raises(ConfigError, match=r"resources.concurrency: 851 trials at a time .* room for 850 .*workers_per_trial"):
+        concurrency(resources(concurrency=851, nodes_on_demand=True), Capacity((HEAD,)))
+
+
+def test_workers_and_the_processes_beside_them_share_the_memory_of_one_machine() -> None:
+    asked = resources(concurrency="auto")
+    one = Capacity((Node(cpus=64, memory_bytes=64e9, head=True),))
+    assert fit_memory(asked, one, int(0.6e9), 64) == 64
+    assert fit_head(asked, one, 64, int(0.6e9)) == 41 == places(asked, one, int(0.6e9)), "41 × (0.95 + 0.6) GB"
+    assert fit_head(asked, one, 64, int(99e9)) == 1, "one is refused or not by `fit_memory`"
+    beside = Capacity((Node(cpus=4, memory_bytes=64e9, head=True), Node(cpus=64, memory_bytes=1e12)))
+    assert fit_head(asked, beside, 68, int(2e9)) == 58, "58 × 0.95 GB, and 2 GB for each of its four workers"
+    assert fit_head(resources(gpus_per_worker=1, concurrency="auto"), beside, 68, int(40e9)) == 67, "a GPU's memory is another"
 
 
 @pytest.mark.parametrize("failures", [0, 2, 3])

@@ -1,14 +1,18 @@
-"""Reference: docs/scale.json and docs/scale_report.json, as tests/scale.py and tests/scale_report.py wrote them. What the
-pages say of these runs is in them."""
+"""Reference: docs/scale.json, docs/worker_groups.json and docs/scale_report.json, as tests/scale.py, tests/worker_groups.py and
+tests/scale_report.py wrote them. What the pages say of these runs is in them."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import scale_report
+import worker_groups
 
+from neo_ray.cluster import HEAD_BYTES_OF_SLOT, HEAD_SLOTS
+from neo_ray.memory import RUNTIME_BYTES
 from neo_ray.records import fold
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -20,8 +24,18 @@ ROWS = FOUND["rows"][:9]
 
 def test_every_trial_of_the_run_ended() -> None:
     assert (FOUND["trials"], FOUND["code"]) == (2000, 0)
-    assert FOUND["states"] == {"COMPLETE": 1348, "PRUNED": 652, "FAILED": 0, "RUNNING": 0}
-    assert "1,348 COMPLETE and 652 PRUNED, none FAILED" in PAGE
+    states = FOUND["states"]
+    assert (states["FAILED"], states["RUNNING"], sum(states.values())) == (0, 0, 2000)
+    assert f"{states['COMPLETE']:,} COMPLETE and {states['PRUNED']:,} PRUNED, none FAILED" in PAGE
+    assert f"after {ROWS[8]['seconds']:.0f} s" in PAGE
+
+
+def test_a_start_with_one_trial_more_took_what_the_page_says() -> None:
+    anew, taken_over = FOUND["one_more"]
+    words = " ".join(PAGE.split())
+    assert f"one trial more took {taken_over['cpu_seconds']:.0f} CPU seconds" in words
+    assert f"completion ({FOUND['crossed']} of these 2,000)" in words
+    assert f"makes the database anew, and took {anew['cpu_seconds']:.0f}." in words
 
 
 def per_trial(begin: int, end: int, *kinds: str) -> float:
@@ -32,7 +46,12 @@ def per_trial(begin: int, end: int, *kinds: str) -> float:
 
 @pytest.mark.parametrize(
     ("row", "kinds"),
-    [("driver (Tune, Optuna, journal, study)", ["driver"]), ("board", ["board"]), ("Ray: GCS and raylet", ["gcs", "raylet"])],
+    [
+        ("driver (Tune, Optuna, journal, study)", ["driver"]),
+        ("board", ["board"]),
+        ("Ray: GCS and raylet", ["gcs", "raylet"]),
+        ("relays, and what else Ray runs (a dashboard, agents)", ["relays", "other of Ray", "other"]),
+    ],
 )
 def test_cpu_seconds_a_trial_are_those_of_the_run(row: str, kinds: list[str]) -> None:
     cells = [f"{per_trial(begin, end, *kinds):.2f}" for begin, end in ((0, 1), (4, 5), (7, 8))]
@@ -49,6 +68,22 @@ def test_memory_is_that_of_the_run() -> None:
     for name, key in (("driver", "driver_bytes"), ("board", "board_bytes")):
         cells = [f"{ROWS[at][key] / 1e6:,.0f} MB" for at in (1, 4, 8)]
         assert f"| the {name}'s memory | {' | '.join(cells)} |" in PAGE
+
+
+def test_slots_hold_what_the_page_says_and_what_the_sweep_counts_on() -> None:
+    found = json.loads((DOCS / "worker_groups.json").read_text(encoding="utf-8"))
+    assert worker_groups.table(found) in PAGE
+    assert all(row["complete"] == row["began"] == row["slots"] and not row["lost"] for row in found["rows"])
+    slot, worker = worker_groups.per_slot(found)
+    assert f"| all of these | {slot / 1e6:.0f} |" in PAGE and f"a model of some kB) | {worker / 1e6:.0f} |" in PAGE
+    assert slot <= HEAD_BYTES_OF_SLOT < 1.05 * slot and worker < RUNTIME_BYTES["cpu"]
+    last = found["rows"][-1]
+    once = last["driver_bytes"] + sum(last["bytes"][kind]["bytes"] for kind in ("once a machine", "idle", "board"))
+    for slots in (200, 800, HEAD_SLOTS):
+        assert re.search(rf"\b{slots}\b[^.]*? {(slots * slot + once) / 1e9:.0f} GB", PAGE), slots
+    assert (
+        f"64 GB holds {(64e9 - once) / slot:.0f} trials" in PAGE and f"({int(0.7 * 64e9 // HEAD_BYTES_OF_SLOT)} of 64 GB" in PAGE
+    )
 
 
 def test_the_report_of_ten_thousand_trials_is_that_of_its_run_and_within_its_bounds() -> None:
