@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from neo_ray.records import Stop, log_name
@@ -16,6 +16,7 @@ Item = dict[str, Any]
 NAMESPACE = "neo_ray"
 MAX_PREEMPTIONS = 100  # of one trial: nodes that come and go are no fault of it, but something ends all of them
 MAX_PASSED_OVER = 3  # a trial at the front of the queue waits for at most so many others
+QUEUE, LOG = "the queue", "the log"
 PATIENCE_SECONDS = 20.0  # a question to the board is answered at least this often, so that nobody waits past a time-out
 
 
@@ -55,14 +56,16 @@ class Board:
         self.cancelled: dict[str, float] = {}
         """Trial → Unix time of the scheduler's word."""
         self.closed = False
-        self.changed = asyncio.Condition()
+        self.lock = asyncio.Lock()
+        self.told_of: collections.defaultdict[str, asyncio.Condition] = collections.defaultdict(self._condition)
+        """What somebody waits for (a trial, `QUEUE`, `LOG`) → where. One for all would wake each slot and relay at any event."""
 
     async def submit(self, trial: str, job: Job) -> list[Item]:
         """A Tune trial asks for a slot. Tune may move it to another of its actors, or begin one anew that died: asked once.
 
         Returns what Tune was told of it before.
         """
-        async with self.changed:
+        async with self.lock:
             if trial not in self.jobs:
                 self.jobs[trial], self.items[trial] = job, []
                 self._enqueue(trial, first=False)
@@ -73,11 +76,10 @@ class Board:
 
         Where no relay came so far as to ask for a slot, the trial has failed.
         """
-        async with self.changed:
+        async with self.lock:
             if trial not in self.jobs:
                 self.jobs[trial], self.items[trial] = {}, []
                 self._end(trial, {"state": "FAILED", "cause": "error", "error": why})
-                self.changed.notify_all()
 
     async def begin(self, slot: int) -> None:
         """A slot's workers are about to be started."""
@@ -94,9 +96,9 @@ class Board:
 
     async def let_go(self, slot: int, why: str) -> None:
         """A slot is to end: `drained` as soon as its trial is in a checkpoint, `recycled` after its trial."""
-        async with self.changed:
+        async with self.lock:
             self.leaving.setdefault(slot, why)
-            self.changed.notify_all()
+            self._tell(QUEUE, *([self.in_slot[slot]] if slot in self.in_slot else []))
 
     async def why_left(self, slot: int) -> str | None:
         """Why a slot ended without a fault; None at the end of the sweep."""
@@ -107,11 +109,12 @@ class Board:
 
         `kind`: that of the trials that the slot's models serve; one of these comes first.
         """
-        async with self.changed:
+        async with self.lock:
             self.slots.add(slot)
             if (stale := self.in_slot.pop(slot, None)) is not None:  # taken by a call that dead workers had left behind
+                self._tell(stale)
                 self._enqueue(stale)
-            await self._wait(lambda: bool(self.queue) or self.closed or slot in self.leaving)
+            await self._wait(QUEUE, lambda: bool(self.queue) or self.closed or slot in self.leaving)
             while self.queue and slot not in self.leaving:
                 trial = self._next(kind)
                 if trial in self.cancelled:
@@ -121,36 +124,34 @@ class Board:
                     self.in_slot[slot] = trial
                     self.waited[trial] += time.time() - self.queued[trial]
                     self.log.append({"trial": trial, "at": time.time(), "kind": "taken", "slot": slot})
-                    self.changed.notify_all()
+                    self._tell(LOG)
                     return trial, self.jobs[trial]
             return ("closed", None) if self.closed or slot in self.leaving else ("", None)
 
     async def report(self, trial: str, row: dict[str, Any]) -> None:
         """An evaluation. A trial that goes on from its checkpoint reports those before again: the first time counts."""
-        async with self.changed:
+        async with self.lock:
             known = (item["row"]["rung"] for item in self.items[trial] if item["kind"] == "report")
             if row["rung"] not in known:
                 self._add(trial, {"kind": "report", "row": row})
-                self.changed.notify_all()
 
     async def when_stopped(self, trial: str) -> Stop:
         """How a trial is to stop, as soon as it is to; NO when it left its slot, or after a while, to be asked again."""
-        async with self.changed:
-            await self._wait(lambda: trial in self.cancelled or not self._may_stay(trial))
+        async with self.lock:
+            await self._wait(trial, lambda: trial in self.cancelled or not self._may_stay(trial))
             if trial in self.cancelled:
                 return Stop.PRUNED
             return Stop.INTERRUPTED if trial in self.in_slot.values() and not self._may_stay(trial) else Stop.NO
 
     async def leave(self, slot: int, trial: str) -> None:
         """The sweep is interrupted, or the slot's node leaves, and the trial put away, in a checkpoint: it has not ended."""
-        async with self.changed:
+        async with self.lock:
             if self._leave(slot, trial) and not self.closed:
                 self._put_back(trial, "its node leaves", "preempted")
-            self.changed.notify_all()
 
     async def finish(self, slot: int, trial: str, end: dict[str, Any]) -> None:
         """A slot is done with its trial, however it ended."""
-        async with self.changed:
+        async with self.lock:
             if self._leave(slot, trial):
                 end["details"] = {**end.get("details", {}), "waited_seconds": self.waited[trial]}
                 if end["state"] == "PRUNED" and trial in self.cancelled:
@@ -158,7 +159,6 @@ class Board:
                 self.ended[slot] += 1
                 self.num_well += end["state"] in ("COMPLETE", "PRUNED")
                 self._end(trial, end)
-                self.changed.notify_all()
 
     async def using(self, trial: str, micro_batch_size: int) -> None:
         """A slot says what it tries, so that a death for want of memory is known to have happened with it."""
@@ -166,17 +166,17 @@ class Board:
 
     async def retry_smaller(self, slot: int, trial: str, message: str) -> None:
         """A trial ran out of memory: back to the front of the queue with half the micro-batch, from its last checkpoint."""
-        async with self.changed:
+        async with self.lock:
             if self._leave(slot, trial):
                 self._halve(trial, message)
 
     async def cancel(self, trial: str) -> None:
         """The scheduler stopped a trial: its slot sees it between two steps."""
-        async with self.changed:
+        async with self.lock:
             if trial not in self.cancelled and not any(item["kind"] == "end" for item in self.items.get(trial, ())):
                 self._add(trial, {"kind": "stop"})
             self.cancelled.setdefault(trial, time.time())
-            self.changed.notify_all()
+            self._tell(trial)
 
     async def hang(self, slot: int) -> None:
         """A worker says that its trial made no progress for too long, before it ends itself."""
@@ -184,7 +184,7 @@ class Board:
 
     async def give_back(self, slot: int, trial: str) -> None:
         """A slot cannot work at all (its models do not load): its trial is not to blame."""
-        async with self.changed:
+        async with self.lock:
             if self._leave(slot, trial):
                 self._enqueue(trial)
 
@@ -194,7 +194,7 @@ class Board:
         That counts as its failure only where others came through since it last happened: else storage fails them all, and the
         slots end before any trial does.
         """
-        async with self.changed:
+        async with self.lock:
             if self._leave(slot, trial):
                 before = self.well_before.get(trial, self.num_well)
                 self.well_before[trial] = self.num_well
@@ -202,7 +202,6 @@ class Board:
                 if self.failures[trial] > self.max_failures:
                     error = f"storage failed it again and again, and others not; the last time: {message}"
                     self._end(trial, {"state": "FAILED", "cause": "storage", "error": error, "details": {"log": log_name(trial)}})
-                    self.changed.notify_all()
                 else:
                     self._put_back(trial, message, "storage", first=False)
 
@@ -211,12 +210,13 @@ class Board:
 
         Returns the trial, and how many trials this slot has brought to their end so far.
         """
-        async with self.changed:
+        async with self.lock:
             trial = self.in_slot.pop(slot, None)
             if slot in self.hung:
                 self.hung.discard(slot)
                 cause = "hung"
             if trial is not None:
+                self._tell(trial)
                 self._return(slot, trial, message, cause)
             return trial, self.ended[slot]
 
@@ -229,28 +229,27 @@ class Board:
         if counted[trial] > most:
             error = f"its worker died {counted[trial]} times; the last time: {message}"
             self._end(trial, {"state": "FAILED", "cause": cause, "error": error, "details": {"log": log_name(trial)}})
-            self.changed.notify_all()
         else:
             self._put_back(trial, message, cause)
 
     async def items_after(self, trial: str, seen: int) -> list[Item]:
         """What happened to a trial beyond the `seen` items that Tune has taken; empty after a while, to be asked again."""
-        async with self.changed:
+        async with self.lock:
             self.told[trial] = max(self.told[trial], seen)
-            await self._wait(lambda: len(self.items.get(trial, ())) > seen)
+            await self._wait(trial, lambda: len(self.items.get(trial, ())) > seen)
             return self.items.get(trial, [])[seen:]
 
     async def log_after(self, seen: int, patience_seconds: float) -> list[Item]:
         """What happened to all trials beyond the `seen` first items: what the journal is written from."""
-        async with self.changed:
-            await self._wait(lambda: len(self.log) > seen, patience_seconds)
+        async with self.lock:
+            await self._wait(LOG, lambda: len(self.log) > seen, patience_seconds)
             return self.log[seen:]
 
     async def close(self) -> set[int]:
         """No trial will follow, and those that run stop: slots end. Returns those that ever asked: the others wait for a node."""
-        async with self.changed:
+        async with self.lock:
             self.closed = True
-            self.changed.notify_all()
+            self._tell(*self.told_of)
             return self.slots
 
     def _may_stay(self, trial: str) -> bool:
@@ -271,7 +270,7 @@ class Board:
     def _enqueue(self, trial: str, first: bool = True) -> None:
         self.queued[trial] = time.time()
         (self.queue.appendleft if first else self.queue.append)(trial)
-        self.changed.notify_all()
+        self._tell(QUEUE)
 
     def _put_back(self, trial: str, message: str, cause: str, first: bool = True) -> None:
         self._add(trial, {"kind": "attempt", "message": message, "cause": cause})
@@ -282,6 +281,7 @@ class Board:
         held = self.in_slot.get(slot) == trial
         if held:
             del self.in_slot[slot]
+            self._tell(trial)
         return held
 
     def _end(self, trial: str, end: dict[str, Any]) -> None:
@@ -296,9 +296,19 @@ class Board:
         item = {"trial": trial, "at": time.time(), **item}
         self.items[trial].append(item)
         self.log.append(item)
+        self._tell(trial, LOG)
 
-    async def _wait(self, condition: Any, patience_seconds: float = PATIENCE_SECONDS) -> None:
+    def _condition(self) -> asyncio.Condition:
+        return asyncio.Condition(self.lock)
+
+    def _tell(self, *of: str) -> None:
+        """Who waits for these looks again, once the lock is free."""
+        for what in of:
+            if what in self.told_of:
+                self.told_of[what].notify_all()
+
+    async def _wait(self, what: str, condition: Callable[[], bool], patience_seconds: float = PATIENCE_SECONDS) -> None:
         try:
-            await asyncio.wait_for(self.changed.wait_for(condition), patience_seconds)
+            await asyncio.wait_for(self.told_of[what].wait_for(condition), patience_seconds)
         except TimeoutError:
             pass
