@@ -4,13 +4,16 @@ are relays left alone that are being begun?"""
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 from planted import sweep
+from ray import tune
 from ray.air.execution._internal.actor_manager import RayActorManager
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.tune.execution import tune_controller
@@ -72,7 +75,7 @@ class Controller:
 
 def takes_the_idle_relay(controller: Controller, name: str) -> bool:
     class Trial(str):
-        placement_group_factory, config, experiment_tag = "head", None, None
+        placement_group_factory, config, experiment_tag, trial_id = "head", None, None, name
 
         def set_ray_actor(self, _: object) -> None:
             pass
@@ -88,10 +91,60 @@ def test_a_relay_that_is_being_begun_is_not_ended_for_an_idle_one() -> None:
     assert not controller.ended
 
 
+def test_a_relay_that_does_not_come_up_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    controller = Controller()
+    with steering():
+        assert not takes_the_idle_relay(controller, "waits")
+        monkeypatch.setattr("neo_ray.steering.SECONDS_TO_BEGIN", 0.0)
+        assert takes_the_idle_relay(controller, "waits") and controller.ended == [controller.begun]
+
+
 def test_ray_alone_would_end_it() -> None:
     """Once this fails, Ray knows better, and that part of `steering` can go."""
     controller = Controller()
     assert takes_the_idle_relay(controller, "waits") and controller.ended == [controller.begun]
+
+
+class DiesAtItsSecond(tune.Trainable):
+    """A relay that dies, once in all, as it takes its next trial."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        self.trial = config["trial"]
+
+    def step(self) -> dict[str, Any]:
+        return {"trial": self.trial, "done": True}
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self.trial = new_config["trial"]
+        mark = Path(new_config["mark"])
+        if not mark.exists():
+            mark.touch()
+            os._exit(1)
+        return True
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        return None
+
+
+@pytest.mark.slow
+def test_a_relay_that_dies_as_it_takes_its_next_trial_costs_none(short_folder: Path) -> None:
+    """Ray alone ends that trial with an error."""
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR", _temp_dir=str(short_folder / "r"))
+    try:
+        tuner = tune.Tuner(
+            tune.with_resources(DiesAtItsSecond, {"CPU": 1}),
+            param_space={"trial": tune.grid_search(list(range(4))), "mark": str(short_folder / "died")},
+            tune_config=tune.TuneConfig(reuse_actors=True),
+            run_config=tune.RunConfig(
+                storage_path=str(short_folder / "out"), verbose=0, failure_config=tune.FailureConfig(max_failures=3)
+            ),
+        )
+        with steering():
+            found = tuner.fit()
+    finally:
+        ray.shutdown()
+    assert (short_folder / "died").exists() and not found.errors
+    assert sorted(result.metrics["trial"] for result in found if result.metrics) == [0, 1, 2, 3]
 
 
 def test_what_is_not_of_memory_is_not_hidden() -> None:
@@ -119,12 +172,13 @@ def test_a_board_that_was_ended_for_its_memory_ends_the_sweep_and_is_said(
     assert pressed and "ran out of memory" in str(recorder.failed) and "same command" in str(recorder.failed)
 
 
-@pytest.mark.parametrize("name", ["RayActorManager", "TuneController"])
+@pytest.mark.parametrize("missing", ["RayActorManager", "TuneController"])
 def test_a_ray_that_is_built_otherwise_is_left_as_it_is(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, missing: str
 ) -> None:
-    monkeypatch.delattr(tune_controller, name)
+    monkeypatch.delattr(tune_controller, missing)
     monkeypatch.setattr(logging.getLogger("neo_ray"), "propagate", True)
     with steering():
-        assert not hasattr(tune_controller, name)
-    assert not hasattr(tune_controller, name) and name in caplog.text
+        assert not hasattr(tune_controller, missing)
+    assert not hasattr(tune_controller, missing)
+    assert ("RayActorManager" if missing == "RayActorManager" else "_maybe_reuse_cached_actor") in caplog.text
