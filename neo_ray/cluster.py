@@ -16,14 +16,14 @@ from typing import Any
 import psutil
 import yaml
 
-from neo_ray.config import ResourcesConfig
+from neo_ray.config import HEAD_SLOTS, ResourcesConfig
 from neo_ray.mistakes import guess
 from neo_ray.settings import ConfigError
 
 HEAD = {"node:__internal_head__": 0.0001}
 """Every cluster has 1 of it, at its head: light processes take the least there is, and no worker's CPU."""
-HEAD_SLOTS = 850
-"""Slots that find room on a head: for each Ray Train asks for 0.001 of the same, and would wait for it without an end."""
+HEAD_BYTES = int(1.65e9)
+"""Of the driver, the board and what Ray runs once, their own share of memory (docs/scale.md)."""
 HEAD_BYTES_OF_SLOT = int(0.95e9)
 """Of the processes that Tune and Train keep for each slot beside its workers, their own share of memory (docs/scale.md)."""
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
@@ -203,11 +203,6 @@ def nodes_on_demand(num_up: int, bootstrap: Path = BOOTSTRAP) -> tuple[Node, ...
 def concurrency(resources: ResourcesConfig, capacity: Capacity) -> int:
     """Slots: as asked, or as many as the cluster holds, nodes on demand included. Raises ConfigError where not one fits."""
     nodes = (*capacity.nodes, *capacity.coming)
-    if resources.concurrency != "auto" and resources.concurrency > HEAD_SLOTS:
-        raise ConfigError(
-            f"resources.concurrency: {resources.concurrency} trials at a time were asked for, and Ray Train has room for "
-            f"{HEAD_SLOTS} on a cluster's head; more workers a trial (resources.workers_per_trial) use as many GPUs"
-        )
     if resources.nodes_on_demand and resources.concurrency != "auto":
         return resources.concurrency
     fits = min(HEAD_SLOTS, _whole_trials(resources, (node.workers(resources) for node in nodes)))
@@ -229,7 +224,7 @@ def places(resources: ResourcesConfig, capacity: Capacity, worker_bytes: int) ->
         fits = fit_memory(free, capacity, worker_bytes, concurrency(free, capacity))
     except ConfigError:
         return 0
-    fits = fit_head(free, capacity, fits, worker_bytes)
+    fits = fit_head(resources, capacity, fits, worker_bytes)
     return fits if resources.concurrency == "auto" else min(fits, resources.concurrency)
 
 
@@ -237,17 +232,24 @@ def fit_head(resources: ResourcesConfig, capacity: Capacity, slots: int, worker_
     """Slots whose processes the head has memory for: fewer than `slots` where their number was left to us.
 
     Args:
-        worker_bytes: as of `fit_memory`; without GPUs the head's own workers lie in the same memory.
+        worker_bytes: as of `fit_memory`; without GPUs the head's own workers have what these processes leave.
     """
     head = next((node for node in capacity.nodes if node.head and node.memory_bytes), None)
     if head is None or resources.concurrency != "auto" or not resources.memory_check:
         return slots
-    workers = 0 if resources.gpus_per_worker else head.workers(resources)
+    others = [_workers(n, resources, worker_bytes) for n in (*capacity.nodes, *capacity.coming) if n is not head]
 
-    def held(slots: int) -> int:
-        return slots * HEAD_BYTES_OF_SLOT + min(slots * resources.workers_per_trial, workers) * worker_bytes
+    def fit(slots: int) -> bool:
+        left = head.memory_bytes - HEAD_BYTES - slots * HEAD_BYTES_OF_SLOT
+        return left >= 0 and _whole_trials(resources, (_workers(head, resources, worker_bytes, left), *others)) >= slots
 
-    return next((fewer for fewer in range(slots, 1, -1) if held(fewer) <= head.memory_bytes), 1)
+    return next((fewer for fewer in range(slots, 1, -1) if fit(fewer)), min(1, slots))
+
+
+def _workers(node: Node, resources: ResourcesConfig, worker_bytes: int, memory_bytes: float | None = None) -> int:
+    """Workers that a node takes, by its memory where they train in it. `memory_bytes`: what of that is left for them."""
+    fits, memory_bytes = node.workers(resources), node.memory_bytes if memory_bytes is None else memory_bytes
+    return min(fits, int(memory_bytes // worker_bytes)) if worker_bytes and not resources.gpus_per_worker else fits
 
 
 def fit_memory(resources: ResourcesConfig, capacity: Capacity, worker_bytes: int, slots: int) -> int:
@@ -279,7 +281,7 @@ def fit_memory(resources: ResourcesConfig, capacity: Capacity, worker_bytes: int
     nodes = [node for node in (*capacity.nodes, *capacity.coming) if node.workers(resources)]
     if not nodes or not all(node.memory_bytes for node in nodes):
         return slots
-    fits = _whole_trials(resources, (min(n.workers(resources), int(n.memory_bytes // worker_bytes)) for n in nodes))
+    fits = _whole_trials(resources, (_workers(node, resources, worker_bytes) for node in nodes))
     if fits < 1:
         have = max(node.memory_bytes for node in nodes)
         raise ConfigError(

@@ -15,6 +15,10 @@ from neo_ray.searching import BudgetConfig, ObjectiveConfig, PhasesConfig, Sampl
 from neo_ray.settings import Section, TrialConfig
 from neo_ray.storage import Folder, at, is_url
 
+HEAD_SLOTS = 850
+"""Trials at a time that a cluster's head has room for: for each, Ray Train asks it for 0.001 of a resource of which it has 1 (of
+`cluster.HEAD`), and would wait for that without an end."""
+
 Placement = Literal["replicated", "sharded", "offloaded"]
 Quantization = Literal["none", "8bit", "4bit"]
 

@@ -97,7 +97,7 @@ def connected(config: SweepConfig, sources: Sources, supply: Supply, announce: A
         plan = make_plan(config, _train_split(sources), supply=supply)
         slots = cluster.fit_memory(config.resources, capacity, plan.least_memory_bytes, slots)
         if (room := cluster.fit_head(config.resources, capacity, slots, plan.least_memory_bytes)) < slots:
-            announce(f"of {slots} trials at a time, the head has memory for the processes of {room}: a larger head takes more")
+            announce(f"of {slots} trials at a time, the head has memory for what {room} keep there: a larger one takes more")
             slots = room
         builders = cluster.builders(config.resources, capacity, plan.builder_bytes, slots)
         student = sources.student if config.student.model is not None else None  # a pruned one is made here

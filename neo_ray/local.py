@@ -7,7 +7,7 @@ from pathlib import Path
 
 from neo_ray import sources, suites
 from neo_ray.assets import is_quickstart
-from neo_ray.config import SweepConfig
+from neo_ray.config import HEAD_SLOTS, SweepConfig
 from neo_ray.mistakes import guess
 from neo_ray.plan import make_plan
 from neo_ray.searching import BENCHMARKS, of_suite
@@ -61,7 +61,16 @@ def check_suite(config: SweepConfig) -> None:
             raise ConfigError(f"objective.metric: {suite.title} has no {metric}{guess(metric, named)}; allowed: {allowed}")
 
 
-CHECKS = (check_data, check_models, check_pruning, check_suite)
+def check_slots(config: SweepConfig) -> None:
+    """Raises ConfigError where more trials at a time are asked for than Ray has room for on any head."""
+    if (asked := config.resources.concurrency) != "auto" and asked > HEAD_SLOTS:
+        raise ConfigError(
+            f"resources.concurrency: {asked} trials at a time, and Ray Train has room for {HEAD_SLOTS} on a cluster's head; "
+            "more workers a trial (resources.workers_per_trial) use as many GPUs"
+        )
+
+
+CHECKS = (check_data, check_models, check_pruning, check_suite, check_slots)
 
 
 def locate_model(model: str, where: str) -> str:

@@ -21,7 +21,7 @@ from neo_ray.adapters import scaling
 from neo_ray.board import NAMESPACE, Board
 from neo_ray.budget import SESSION, exhausted, hours_of
 from neo_ray.cluster import HEAD
-from neo_ray.config import SweepConfig
+from neo_ray.config import HEAD_SLOTS, SweepConfig
 from neo_ray.loading import plain
 from neo_ray.loggers import loggers
 from neo_ray.mirror import Mirror
@@ -39,6 +39,8 @@ from neo_ray.space import Space
 from neo_ray.steering import NO_MEMORY, steering
 from neo_ray.trials import trial_id
 
+BOARD_CALLS = 4 * HEAD_SLOTS
+"""That the board answers side by side: a trial's relay and its worker wait there all the while, others in between."""
 MAX_RELAYS = 100  # that follow one another for a trial: what ends one (memory, a person) is no fault of the trial
 RECORDS_SHARE = 0.02  # of the time may go into `trials.jsonl`, which tells the journal again: all trials, each time
 SECONDS_TO_END = 60  # for slots to put their models away; Ray ends those that have not
@@ -78,7 +80,7 @@ def run_trials(
     name = f"board-{uuid.uuid4().hex[:8]}"
     board: Any = (
         ray.remote(Board)
-        .options(name=name, namespace=NAMESPACE, num_cpus=0, resources=HEAD, max_concurrency=1000)
+        .options(name=name, namespace=NAMESPACE, num_cpus=0, resources=HEAD, max_concurrency=BOARD_CALLS)
         .remote(config.resources.max_failures, failures(Journal(config.results).events()))
     )
     recorder = _Recorder(config, phases[0].space, records, board, progress, lost, hours)

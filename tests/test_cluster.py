@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import yaml
+from planted import sweep
 from ray.train.v2._internal.callbacks import placement_group_callback
 
-from neo_ray import cluster
-from neo_ray.cluster import HEAD_SLOTS, Capacity, Node, concurrency, fit_head, fit_memory, nodes_on_demand, places
-from neo_ray.config import ResourcesConfig
+from neo_ray import cluster, local
+from neo_ray.cluster import Capacity, Node, concurrency, fit_head, fit_memory, nodes_on_demand, places
+from neo_ray.config import HEAD_SLOTS, ResourcesConfig
 from neo_ray.settings import ConfigError
+from neo_ray.tuner import BOARD_CALLS
 
 HEAD, GPU = Node(8, 0, 32e9), Node(8, 1, 64e9, "L40S")
 
@@ -139,8 +141,9 @@ def test_memory_limits_the_slots_or_refuses_them() -> None:
 def test_the_heads_memory_bounds_how_many_trials_run_at_a_time() -> None:
     many = Capacity((Node(cpus=8, memory_bytes=64e9, head=True), *(Node(cpus=8, gpus=8, memory_bytes=1e12) for _ in range(200))))
     asked = resources(gpus_per_worker=1, concurrency="auto")
-    assert concurrency(asked, many) == 850 and fit_head(asked, many, 850, 0) == 67 == places(asked, many, 0)
-    assert fit_head(resources(gpus_per_worker=1, concurrency=500), many, 500, 0) == 500, "as was asked"
+    assert concurrency(asked, many) == 850 and fit_head(asked, many, 850, 0) == 65 == places(asked, many, 0)
+    numbered = resources(gpus_per_worker=1, concurrency=500)
+    assert fit_head(numbered, many, 500, 0) == 500 == places(numbered, many, 0), "as was asked"
     assert fit_head(asked.model_copy(update={"memory_check": False}), many, 1600, 0) == 1600
     assert fit_head(asked, Capacity(many.nodes[1:]), 1600, 0) == 1600, "where it is not known"
 
@@ -150,19 +153,32 @@ def test_no_more_slots_than_ray_train_places_on_a_head() -> None:
     (share,) = set(re.findall(r"HEAD_NODE_RESOURCE_NAME: ([\d.]+)", inspect.getsource(placement_group_callback)))
     relay = board = cluster.HEAD["node:__internal_head__"]
     assert HEAD_SLOTS * (float(share) + relay) + board < 0.95, "slots that end hold theirs for a while beside those that begin"
-    with pytest.raises(ConfigError, match=r"resources.concurrency: 851 trials at a time .* room for 850 .*workers_per_trial"):
-        concurrency(resources(concurrency=851, nodes_on_demand=True), Capacity((HEAD,)))
+    assert BOARD_CALLS >= 2 * HEAD_SLOTS + 1000, "a relay and a worker wait at the board for each trial, and others ask it"
+    local.check_slots(sweep(resources={"concurrency": 850}))
+    with pytest.raises(ConfigError, match=r"resources.concurrency: 851 trials at a time, .* room for 850 .*workers_per_trial"):
+        local.check_slots(sweep(resources={"concurrency": 851}))
 
 
 def test_workers_and_the_processes_beside_them_share_the_memory_of_one_machine() -> None:
     asked = resources(concurrency="auto")
     one = Capacity((Node(cpus=64, memory_bytes=64e9, head=True),))
     assert fit_memory(asked, one, int(0.6e9), 64) == 64
-    assert fit_head(asked, one, 64, int(0.6e9)) == 41 == places(asked, one, int(0.6e9)), "41 × (0.95 + 0.6) GB"
+    assert fit_head(asked, one, 64, int(0.6e9)) == 40 == places(asked, one, int(0.6e9)), "40 × (0.95 + 0.6) + 1.65 GB"
     assert fit_head(asked, one, 64, int(99e9)) == 1, "one is refused or not by `fit_memory`"
+    numbered = resources(concurrency=50)
+    assert fit_head(numbered, one, 50, int(0.6e9)) == 50 == places(numbered, one, int(0.6e9)), "as was asked"
+
+
+def test_the_heads_own_workers_have_what_its_processes_leave() -> None:
+    asked = resources(concurrency="auto")
     beside = Capacity((Node(cpus=4, memory_bytes=64e9, head=True), Node(cpus=64, memory_bytes=1e12)))
-    assert fit_head(asked, beside, 68, int(2e9)) == 58, "58 × 0.95 GB, and 2 GB for each of its four workers"
-    assert fit_head(resources(gpus_per_worker=1, concurrency="auto"), beside, 68, int(40e9)) == 67, "a GPU's memory is another"
+    assert fit_head(asked, beside, 68, int(2e9)) == 64, "all beside the head: it has no room for a worker"
+    assert fit_head(asked, beside, 66, int(40e9)) == 25, "of 40 GB, all beside it"
+    gpus = resources(gpus_per_worker=1, concurrency="auto")
+    assert fit_head(gpus, Capacity((Node(4, 4, 64e9, head=True), Node(64, 96, 1e12))), 68, int(40e9)) == 65, "a GPU has its own"
+    packed = resources(concurrency="auto", workers_per_trial=8, placement_strategy="STRICT_PACK")
+    small = Capacity((Node(cpus=7, memory_bytes=30e9, head=True), *(Node(cpus=8, memory_bytes=64e9) for _ in range(10))))
+    assert fit_head(packed, small, 10, int(5e9)) == 10, "none of these on the head"
 
 
 @pytest.mark.parametrize("failures", [0, 2, 3])

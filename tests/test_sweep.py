@@ -100,7 +100,7 @@ SHORTER = {
 @pytest.mark.parametrize("name", ["rank", "learning_rate", "alpha", "kd_ratio", "methods", "pareto", "study"])
 def test_every_sweep_of_the_repository_runs(tiny_world: World, tmp_path: Path, name: str) -> None:
     """Two trials of two steps, or all phases; what the file says is kept, but for models, data and resources."""
-    resources = "{workers_per_trial: 2, concurrency: 1}" if name == "methods" else "{concurrency: 2}"
+    resources = "{workers_per_trial: 2, concurrency: 1}" if name == "methods" else "{concurrency: 1}"
     process = start(
         ROOT / "sweeps" / f"{name}.yaml",
         f"teacher={{model: {tiny_world.teacher}}}",
