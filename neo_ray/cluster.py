@@ -247,9 +247,11 @@ def fit_head(resources: ResourcesConfig, capacity: Capacity, slots: int, worker_
 
 
 def _workers(node: Node, resources: ResourcesConfig, worker_bytes: int, memory_bytes: float | None = None) -> int:
-    """Workers that a node takes, by its memory where they train in it. `memory_bytes`: what of that is left for them."""
-    fits, memory_bytes = node.workers(resources), node.memory_bytes if memory_bytes is None else memory_bytes
-    return min(fits, int(memory_bytes // worker_bytes)) if worker_bytes and not resources.gpus_per_worker else fits
+    """Workers that a node takes, by its memory where they train in it and it is known. `memory_bytes`: what is left of it."""
+    fits = node.workers(resources)
+    if not worker_bytes or not node.memory_bytes or resources.gpus_per_worker:
+        return fits
+    return min(fits, int((node.memory_bytes if memory_bytes is None else memory_bytes) // worker_bytes))
 
 
 def fit_memory(resources: ResourcesConfig, capacity: Capacity, worker_bytes: int, slots: int) -> int:

@@ -174,6 +174,8 @@ def test_the_heads_own_workers_have_what_its_processes_leave() -> None:
     beside = Capacity((Node(cpus=4, memory_bytes=64e9, head=True), Node(cpus=64, memory_bytes=1e12)))
     assert fit_head(asked, beside, 68, int(2e9)) == 64, "all beside the head: it has no room for a worker"
     assert fit_head(asked, beside, 66, int(40e9)) == 25, "of 40 GB, all beside it"
+    on_demand = Capacity((Node(cpus=4, memory_bytes=64e9, head=True),), coming=(Node(cpus=30), Node(cpus=30)))
+    assert fit_head(asked, on_demand, 64, int(2e9)) == 61, "60 on nodes whose memory is not known, and one on the head"
     gpus = resources(gpus_per_worker=1, concurrency="auto")
     assert fit_head(gpus, Capacity((Node(4, 4, 64e9, head=True), Node(64, 96, 1e12))), 68, int(40e9)) == 65, "a GPU has its own"
     packed = resources(concurrency="auto", workers_per_trial=8, placement_strategy="STRICT_PACK")
