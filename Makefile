@@ -18,7 +18,7 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q -rs -n $(WORKERS) --dist loadfile 
 quickstart: $(STAMP)
 	$(PY) -m neo_ray.sweep sweeps/quickstart.yaml
 
-# At most ten minutes on two cores.
+# About 20 minutes on two cores.
 test: check unit
 
 check: $(STAMP)
