@@ -127,14 +127,15 @@ class DiesAtItsSecond(tune.Trainable):
 
 
 @pytest.mark.slow
-def test_a_relay_that_dies_as_it_takes_its_next_trial_costs_none(short_folder: Path) -> None:
+def test_a_relay_that_dies_as_it_takes_its_next_trial_costs_none(short_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray alone ends that trial with an error."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # Ray's workers import the relay from here
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR", _temp_dir=str(short_folder / "r"))
     try:
         tuner = tune.Tuner(
-            tune.with_resources(DiesAtItsSecond, {"CPU": 1}),
+            tune.with_resources(DiesAtItsSecond, {"CPU": 0.001}),
             param_space={"trial": tune.grid_search(list(range(4))), "mark": str(short_folder / "died")},
-            tune_config=tune.TuneConfig(reuse_actors=True),
+            tune_config=tune.TuneConfig(reuse_actors=True, max_concurrent_trials=1),
             run_config=tune.RunConfig(
                 storage_path=str(short_folder / "out"), verbose=0, failure_config=tune.FailureConfig(max_failures=3)
             ),
