@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import pytest
+
 from neo_ray.board import MAX_PASSED_OVER, MAX_PREEMPTIONS, Board
 from neo_ray.records import Stop, failures
 
@@ -349,3 +351,39 @@ def test_a_slot_takes_trials_that_its_models_serve_before_others_a_bounded_numbe
         assert board.items["0002"][-1]["details"]["waited_seconds"] >= 0
 
     on_a_board(story)
+
+
+WAKES: dict[str, tuple[Callable[[Board], Awaitable[object]], Callable[[Board], Awaitable[object]]]] = {
+    "a report, its relay": (lambda b: b.items_after("a", 0), lambda b: b.report("a", {"rung": 1})),
+    "a report, the driver": (lambda b: b.log_after(1, 60.0), lambda b: b.report("a", {"rung": 1})),
+    "the scheduler's stop, its worker": (lambda b: b.when_stopped("a"), lambda b: b.cancel("a")),
+    "its end, its relay": (lambda b: b.items_after("a", 0), lambda b: b.finish(0, "a", {"state": "COMPLETE"})),
+    "its end, its worker": (lambda b: b.when_stopped("a"), lambda b: b.finish(0, "a", {"state": "COMPLETE"})),
+    "its slot's end, its worker": (lambda b: b.when_stopped("a"), lambda b: b.slot_lost(0, "died", "error")),
+    "its slot's end, an idle slot": (lambda b: b.take(1), lambda b: b.slot_lost(0, "died", "error")),
+    "a node that leaves, its worker": (lambda b: b.when_stopped("a"), lambda b: b.let_go(0, "drained")),
+    "a node that leaves, an idle slot": (lambda b: b.take(1), lambda b: b.let_go(1, "drained")),
+    "a trial, an idle slot": (lambda b: b.take(1), lambda b: b.submit("b", {})),
+    "a trial taken again, its first worker": (lambda b: b.when_stopped("a"), lambda b: b.give_back(0, "a")),
+    "a trial that was given up, its relay": (lambda b: b.items_after("c", 0), lambda b: b.orphan("c", "why")),
+    "the end of the sweep, a worker": (lambda b: b.when_stopped("a"), lambda b: b.close()),
+    "the end of the sweep, an idle slot": (lambda b: b.take(1), lambda b: b.close()),
+}
+
+
+@pytest.mark.parametrize("what", WAKES)
+def test_who_waits_for_something_hears_of_it_at_once(what: str) -> None:
+    """Within 5 s; who is not told waits for `PATIENCE_SECONDS`."""
+    waits, happens = WAKES[what]
+
+    async def told() -> None:
+        board = Board(max_failures=2)
+        await board.submit("a", {})
+        assert (await board.take(0))[0] == "a"
+        waiting = asyncio.ensure_future(waits(board))
+        await asyncio.sleep(0.01)
+        assert not waiting.done()
+        await happens(board)
+        await asyncio.wait_for(waiting, 5)
+
+    asyncio.run(told())
